@@ -1,0 +1,8 @@
+//! Generates the gRPC client and server from `proto/weir.proto`, without `protoc`.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto/weir.proto");
+    let files = protox::compile(["weir.proto"], ["proto"])?;
+    tonic_prost_build::configure().compile_fds(files)?;
+    Ok(())
+}

@@ -1,0 +1,35 @@
+//! The ipcache: what an address is, by longest prefix. It holds pod ranges and addresses of other
+//! nodes, this node's own addresses and the addresses of Services; it does not hold the pods of
+//! this node, which are found by their offset in the pod range.
+
+use crate::{assert_abi_size, map_types};
+
+/// What a prefix is. Stored as a byte.
+pub mod class {
+    /// Pods of another node: `next_hop` leads there.
+    pub const REMOTE_PODS: u8 = 1;
+    /// An address of another node: `next_hop` leads there.
+    pub const REMOTE_NODE: u8 = 2;
+    /// An address of this node.
+    pub const THIS_NODE: u8 = 3;
+    /// An address of a Service: `FRONTENDS_*` knows its ports. Never a valid source from outside.
+    pub const SERVICE: u8 = 4;
+}
+
+/// A value of `IPCACHE_V4` and `IPCACHE_V6`. The key is the prefix length in bits (u32, byte
+/// order of the machine) followed by the address.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct IpcacheEntry {
+    /// One of [`class`].
+    pub class: u8,
+    /// Zero.
+    pub reserved: [u8; 3],
+    /// Number of the next hop, see [`crate::next_hop`].
+    pub next_hop: u32,
+    /// Identity for policies, local to this node; 0 is unknown.
+    pub identity: u32,
+}
+
+assert_abi_size!(IpcacheEntry = 12);
+map_types!(IpcacheEntry);

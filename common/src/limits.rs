@@ -1,0 +1,54 @@
+//! Sizes of tables that both sides must agree on. Sizes that can be set when the programs are
+//! loaded (flows, backends, frontends …) are defaults here.
+
+/// Numbers of endpoints on one node: 1 to `ENDPOINTS_MAX - 1`; 0 means none. The kubelet's usual
+/// limit is 110 pods, large nodes run 500.
+pub const ENDPOINTS_MAX: u32 = 4096;
+
+/// Rows of `LOCAL_ADDRESSES_V4` and `_V6`: addresses that pods of this node may have, over all
+/// pod ranges of the family (see [`crate::config::PodRange`]).
+pub const LOCAL_ADDRESSES_MAX: u32 = 65_536;
+
+/// Pod ranges of one family on one node. More than one happens while pods of an older range live.
+pub const POD_RANGES_MAX: usize = 4;
+
+/// Rows of `NEXT_HOPS`. See [`crate::next_hop`] for the numbering.
+pub const NEXT_HOPS_MAX: u32 = 8192;
+
+/// Default rows of `SERVICE_STATE`: Service ports, each of one family and scope.
+pub const SERVICE_PORTS_DEFAULT: u32 = 65_536;
+
+/// Default entries of `FRONTENDS_V4` and `_V6` (allocated as they are used).
+pub const FRONTENDS_DEFAULT: u32 = 131_072;
+
+/// Default rows of `BACKENDS`.
+pub const BACKENDS_DEFAULT: u32 = 131_072;
+
+/// Slots in one chunk (inner map) of `SLOTS`; a power of two. A region never spans two chunks.
+pub const SLOTS_PER_CHUNK: u32 = 65_536;
+
+/// Slots that stand in one element of a chunk: elements of a memory-mapped array are rounded up
+/// to eight bytes, so two packed numbers share one.
+pub const SLOTS_PER_ELEMENT: u32 = 2;
+
+/// Chunks of `SLOTS`, made on demand: 4096 chunks hold 268 million slots.
+pub const SLOT_CHUNKS_MAX: u32 = 4096;
+
+/// Default number of connections of one family; a connection has two entries in `FLOWS_*` and
+/// one place in `FLOW_RING_*`.
+pub const CONNECTIONS_DEFAULT: u32 = 131_072;
+
+/// Places of the flow ring looked at for each new connection when the table is full.
+pub const FLOW_RING_PROBES: u32 = 8;
+
+/// Default entries of `IPCACHE_V4` and `_V6` (allocated as they are used).
+pub const IPCACHE_DEFAULT: u32 = 131_072;
+
+/// Entries of `FRAGMENTS_V4` and `_V6` (LRU): datagrams whose fragments are under way at once.
+pub const FRAGMENTS_DEFAULT: u32 = 4096;
+
+/// Bytes of the event ring buffer; a power of two and a multiple of the page size.
+pub const EVENTS_BYTES: u32 = 512 * 1024;
+
+/// Source ports tried when the reply tuple of a new connection is taken by another connection.
+pub const NAT_PORT_PROBES: u32 = 8;

@@ -1,0 +1,151 @@
+//! Packet counters: the per-CPU array `METRICS`.
+//!
+//! A row is [`index`] of a hook and an outcome. Outcomes below [`OUTCOMES`] that are drop reasons
+//! have the reason's number; the small numbers in [`outcome`] are the ways a packet is forwarded.
+
+use crate::{assert_abi_size, map_types};
+
+/// A hook of the data path.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Hook {
+    /// What leaves a pod.
+    FromPod = 0,
+    /// What the host's stack sends to a pod.
+    ToPod = 1,
+    /// What enters the node from a device.
+    FromNetdev = 2,
+    /// What leaves the node by a device.
+    ToNetdev = 3,
+}
+
+/// Hooks, in the order of their numbers.
+pub const HOOKS: [Hook; 4] = [Hook::FromPod, Hook::ToPod, Hook::FromNetdev, Hook::ToNetdev];
+
+impl Hook {
+    /// The name of the program at this hook.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::FromPod => "from_pod",
+            Self::ToPod => "to_pod",
+            Self::FromNetdev => "from_netdev",
+            Self::ToNetdev => "to_netdev",
+        }
+    }
+}
+
+/// Outcomes that are not drops, and counters of the flow table that belong to no packet. Their
+/// numbers are below those of the drop reasons (130 and up; 1 is kept for the unknown reason).
+pub mod outcome {
+    /// Handed to the host's stack or to whatever program is attached next.
+    pub const STACK: u8 = 2;
+    /// Delivered to a pod of this node past the stack.
+    pub const LOCAL: u8 = 3;
+    /// Sent to another node past the stack.
+    pub const REMOTE: u8 = 4;
+    /// Answered in place (ARP, neighbour discovery, ICMP errors).
+    pub const ANSWERED: u8 = 5;
+    /// New connections entered in the flow table.
+    pub const FLOW_CREATED: u8 = 10;
+    /// Connections removed from the full table because they had been idle for their time-out.
+    pub const FLOW_EXPIRED: u8 = 11;
+    /// Connections removed from the full table before their time-out.
+    pub const FLOW_EVICTED: u8 = 12;
+    /// Connections whose own source port was taken and that got another.
+    pub const FLOW_PORT_CHANGED: u8 = 13;
+    /// Entries removed because their endpoint, backend or next hop has become another's.
+    pub const FLOW_STALE: u8 = 14;
+    /// Events that found no room in the ring buffer.
+    pub const EVENT_LOST: u8 = 20;
+
+    /// All, with their names.
+    pub const ALL: &[(u8, &str)] = &[
+        (STACK, "STACK"),
+        (LOCAL, "LOCAL"),
+        (REMOTE, "REMOTE"),
+        (ANSWERED, "ANSWERED"),
+        (FLOW_CREATED, "FLOW_CREATED"),
+        (FLOW_EXPIRED, "FLOW_EXPIRED"),
+        (FLOW_EVICTED, "FLOW_EVICTED"),
+        (FLOW_PORT_CHANGED, "FLOW_PORT_CHANGED"),
+        (FLOW_STALE, "FLOW_STALE"),
+        (EVENT_LOST, "EVENT_LOST"),
+    ];
+}
+
+/// Outcomes per hook.
+pub const OUTCOMES: u32 = 256;
+/// Rows of `METRICS`.
+pub const ROWS: u32 = OUTCOMES * HOOKS.len() as u32;
+
+/// The row of a hook and an outcome (one of [`outcome`] or a drop reason's number).
+#[inline(always)]
+#[must_use]
+pub const fn index(hook: Hook, outcome: u8) -> u32 {
+    hook as u32 * OUTCOMES + outcome as u32
+}
+
+/// A row of `METRICS`, on each processor.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Counter {
+    /// Packets (an offloaded packet counts as one), or occurrences.
+    pub packets: u64,
+    /// Bytes from the Ethernet header on.
+    pub bytes: u64,
+}
+
+assert_abi_size!(Counter = 16);
+map_types!(Counter);
+
+/// State of the flow ring of one family: a row of `FLOW_RING_STATE` (row 0 IPv4, row 1 IPv6).
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct FlowRingState {
+    /// Places handed out since the map was made; the next one is this modulo the ring's size.
+    pub hand: u64,
+}
+
+assert_abi_size!(FlowRingState = 8);
+map_types!(FlowRingState);
+
+/// The ports of a datagram whose fragments are under way: a value of `FRAGMENTS_*`.
+#[repr(C, align(2))]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct FragmentPorts {
+    /// Source port of the first fragment.
+    pub source: crate::Port,
+    /// Destination port of the first fragment.
+    pub destination: crate::Port,
+}
+
+/// A key of `FRAGMENTS_V4` and `FRAGMENTS_V6` (RFC 791, RFC 8200: a datagram's fragments share
+/// addresses, protocol and identification).
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub struct FragmentKey<A> {
+    /// Source address.
+    pub source: A,
+    /// Destination address.
+    pub destination: A,
+    /// Identification as it stands in the header (16 bits in IPv4, zero-extended).
+    pub identification: u32,
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// One of [`crate::flow::scope`].
+    pub scope: u8,
+    /// Zero.
+    pub reserved: u16,
+}
+
+assert_abi_size!(
+    FragmentPorts = 4,
+    FragmentKey<crate::Ipv4> = 16,
+    FragmentKey<crate::Ipv6> = 40
+);
+map_types!(
+    FragmentPorts,
+    FragmentKey<crate::Ipv4>,
+    FragmentKey<crate::Ipv6>
+);
