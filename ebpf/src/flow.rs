@@ -9,7 +9,7 @@ use aya_ebpf::{
 use weir_common::{
     DropReason,
     address::Address,
-    config::{self, Config},
+    config,
     flow::{self, ConnectionState, FlowEntry, FlowKey, flag, scope},
     limits::NAT_PORT_PROBES,
     lookup::Lookup,
@@ -181,7 +181,8 @@ unsafe fn touch<A>(entry: *mut FlowEntry<A>, copy: &Copied<A>, tcp_flags: u8, by
 /// the forward one, which is left in the scratch room.
 ///
 /// When the reply tuple belongs to another connection (two frontends, one endpoint, one client
-/// port) this one gets another source port.
+/// port) this one gets another source port. The steps are functions of their own for the sake of
+/// the stack and of the verifier, which then follows them one after another.
 #[inline(always)]
 pub fn commit<F: Family>(
     ctx: &TcContext,
@@ -189,52 +190,47 @@ pub fn commit<F: Family>(
     packet: &Packet<F::Address>,
     sender: u32,
 ) -> Result<(), DropReason> {
-    match enter::<F>(ctx, hook as u32, packet, sender) {
-        0 => Ok(()),
-        reason => Err(DropReason::of_kernel(reason)),
+    let place = ring::take_place::<F>(packet);
+    if place == ring::NO_PLACE {
+        return Err(DropReason::FlowTableFull);
     }
-}
-
-/// A function of its own for the sake of the stack. Returns 0, or the number of a drop reason.
-#[inline(never)]
-fn enter<F: Family>(ctx: &TcContext, hook: u32, packet: &Packet<F::Address>, sender: u32) -> u32 {
-    let hook = if hook == Hook::FromPod as u32 {
-        Hook::FromPod
-    } else {
-        Hook::FromNetdev
-    };
-    match try_enter::<F>(ctx, hook, packet, sender) {
-        Ok(()) => 0,
-        Err(reason) => reason as u32,
+    if fill::<F>(ctx, packet, sender, place) != 0 {
+        return Err(DropReason::StaleEndpoint);
     }
-}
-
-#[inline(always)]
-fn try_enter<F: Family>(
-    ctx: &TcContext,
-    hook: Hook,
-    packet: &Packet<F::Address>,
-    sender: u32,
-) -> Result<(), DropReason> {
-    let config = local::config()?;
-    let sender = local::by_number(sender).ok_or(DropReason::StaleEndpoint)?;
-    let Work {
-        decision,
-        forward,
-        reply,
-    } = scratch::decision::<F>()?;
-    let hop = Hop::find(decision.next_hop)?;
-    let now = now();
-
-    // A stale entry of the same tuple: its partner goes, its place in the ring is taken over.
-    let ring = match look_at::<F>(&packet.key) {
-        Some(old) => {
-            remove::<F>(&old.partner);
-            old.ring
+    let mut attempt = 0;
+    while claim_reply_tuple::<F>(packet) != 0 {
+        attempt += 1;
+        if attempt > NAT_PORT_PROBES || change_source_port::<F>(packet) != 0 {
+            return Err(DropReason::NatPortsExhausted);
         }
-        None => ring::claim::<F>(config, now)?,
-    };
+    }
+    if attempt != 0 {
+        verdict::count(hook, outcome::FLOW_PORT_CHANGED, 0);
+    }
+    if publish::<F>(packet) != 0 {
+        return Err(DropReason::FlowTableFull);
+    }
+    verdict::count(hook, outcome::FLOW_CREATED, 0);
+    if local::config()?.flags & config::flag::EVENT_NEW_FLOW != 0 {
+        event::report_new_flow::<F>(ctx, hook, packet, &scratch::decision::<F>()?.forward);
+    }
+    Ok(())
+}
 
+/// Fills both entries in the scratch room. Returns 0, or 1 if an endpoint went away meanwhile.
+#[inline(never)]
+fn fill<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>, sender: u32, place: u32) -> u32 {
+    let Ok(Work { decision, forward, reply, .. }) = scratch::decision::<F>()
+    else {
+        return 1;
+    };
+    let Some(sender) = local::by_number(sender) else {
+        return 1;
+    };
+    let Ok(hop) = Hop::find(decision.next_hop) else {
+        return 1;
+    };
+    let now = now();
     let (reply_source, reply_generation, reply_egress, reply_ifindex) = match hop {
         Hop::Endpoint(row) => (
             decision.next_hop,
@@ -244,74 +240,115 @@ fn try_enter<F: Family>(
         ),
         _ => (0, 0, 0, 0),
     };
-    *forward = FlowEntry {
-        tag: packet.key.tag(),
-        version: flow::VERSION,
-        tcp_flags: packet.tcp_flags,
-        flags: u16::from(decision.reply_scope) << flag::PARTNER_SCOPE_SHIFT
-            | if decision.hairpin != 0 {
-                flag::HAIRPIN
-            } else {
-                0
-            },
-        new_source: decision.source,
-        new_destination: decision.destination,
-        new_source_port: packet.key.source_port,
-        new_destination_port: decision.destination_port,
-        address_difference: 0,
-        port_difference: 0,
-        next_hop: decision.next_hop,
-        next_hop_generation: hop.generation(),
-        ifindex: sender.row.ifindex,
-        source_endpoint: sender.number,
-        source_generation: sender.row.generation,
-        egress_set: sender.row.egress_set,
-        ingress_set: hop.ingress_set(),
-        backend: decision.backend,
-        backend_generation: decision.backend_generation,
-        ring,
-        last_seen: now,
-        created: now,
-        packets: 1,
-        bytes: u64::from(ctx.len()),
+    let hairpin = if decision.hairpin != 0 {
+        flag::HAIRPIN
+    } else {
+        0
     };
-    *reply = FlowEntry {
-        tag: 0,
-        version: flow::VERSION,
-        tcp_flags: 0,
-        flags: flag::REPLY
-            | u16::from(packet.key.scope) << flag::PARTNER_SCOPE_SHIFT
-            | if decision.hairpin != 0 {
-                flag::HAIRPIN
-            } else {
-                0
-            },
-        new_source: packet.key.destination,
-        new_destination: packet.key.source,
-        new_source_port: packet.key.destination_port,
-        new_destination_port: packet.key.source_port,
-        address_difference: 0,
-        port_difference: 0,
-        next_hop: sender.number,
-        next_hop_generation: sender.row.generation,
-        ifindex: if decision.reply_scope == scope::POD {
-            reply_ifindex
-        } else {
-            0
-        },
-        source_endpoint: reply_source,
-        source_generation: reply_generation,
-        egress_set: reply_egress,
-        ingress_set: sender.row.ingress_set,
-        backend: decision.backend,
-        backend_generation: decision.backend_generation,
-        ring,
-        last_seen: now,
-        created: now,
-        packets: 0,
-        bytes: 0,
+
+    forward.tag = packet.key.tag();
+    forward.version = flow::VERSION;
+    forward.tcp_flags = packet.tcp_flags;
+    forward.flags = u16::from(decision.reply_scope) << flag::PARTNER_SCOPE_SHIFT | hairpin;
+    forward.new_source = decision.source;
+    forward.new_destination = decision.destination;
+    forward.new_source_port = packet.key.source_port;
+    forward.new_destination_port = decision.destination_port;
+    forward.next_hop = decision.next_hop;
+    forward.next_hop_generation = hop.generation();
+    forward.ifindex = sender.row.ifindex;
+    forward.source_endpoint = sender.number;
+    forward.source_generation = sender.row.generation;
+    forward.egress_set = sender.row.egress_set;
+    forward.ingress_set = hop.ingress_set();
+    forward.packets = 1;
+    forward.bytes = u64::from(ctx.len());
+
+    reply.version = flow::VERSION;
+    reply.tcp_flags = 0;
+    reply.flags = flag::REPLY | u16::from(packet.key.scope) << flag::PARTNER_SCOPE_SHIFT | hairpin;
+    reply.new_source = packet.key.destination;
+    reply.new_destination = packet.key.source;
+    reply.new_source_port = packet.key.destination_port;
+    reply.new_destination_port = packet.key.source_port;
+    reply.next_hop = sender.number;
+    reply.next_hop_generation = sender.row.generation;
+    reply.ifindex = if decision.reply_scope == scope::POD {
+        reply_ifindex
+    } else {
+        0
     };
-    claim_reply_tuple::<F>(hook, config, packet, forward, reply)?;
+    reply.source_endpoint = reply_source;
+    reply.source_generation = reply_generation;
+    reply.egress_set = reply_egress;
+    reply.ingress_set = sender.row.ingress_set;
+    reply.packets = 0;
+    reply.bytes = 0;
+
+    for entry in [forward, reply] {
+        entry.backend = decision.backend;
+        entry.backend_generation = decision.backend_generation;
+        entry.ring = place;
+        entry.last_seen = now;
+        entry.created = now;
+    }
+    0
+}
+
+/// Inserts the reply entry. Returns 0, or 1 if its tuple belongs to another connection.
+#[inline(never)]
+fn claim_reply_tuple<F: Family>(packet: &Packet<F::Address>) -> u32 {
+    let Ok(Work { forward, reply, .. }) = scratch::decision::<F>() else {
+        return 1;
+    };
+    let key = forward.partner_key(packet.key.protocol);
+    reply.tag = key.tag();
+    reply.flags &= !(flag::REWRITE_SOURCE | flag::REWRITE_DESTINATION);
+    rewrite::complete(reply, &key);
+    maps::count_lookup(Lookup::FlowUpdate);
+    if F::flows()
+        .insert(&key, &*reply, u64::from(BPF_NOEXIST))
+        .is_ok()
+    {
+        return 0;
+    }
+    // Another processor enters the same connection just now, or a former life of it left this
+    // half: the new entry is as good.
+    maps::count_lookup(Lookup::Flow);
+    let same = match F::flows().get_ptr(&key) {
+        // SAFETY: as in `find`.
+        Some(other) => packet.key == unsafe { (*other).partner_key(packet.key.protocol) },
+        None => false,
+    };
+    u32::from(!(same && F::flows().insert(&key, &*reply, u64::from(BPF_ANY)).is_ok()))
+}
+
+/// Gives the connection another source port. Returns 0, or 1 if it cannot have one.
+#[inline(never)]
+fn change_source_port<F: Family>(packet: &Packet<F::Address>) -> u32 {
+    let Ok(Work { forward, .. }) = scratch::decision::<F>() else {
+        return 1;
+    };
+    let Ok(config) = local::config() else {
+        return 1;
+    };
+    if !matches!(packet.key.protocol, protocol::TCP | protocol::UDP) || config.nat_port_count == 0 {
+        return 1;
+    }
+    // SAFETY: no preconditions.
+    let random = unsafe { bpf_get_prandom_u32() } % u32::from(config.nat_port_count);
+    let port = config.nat_port_first.wrapping_add(random as u16);
+    forward.new_source_port = weir_common::Port::new(port);
+    0
+}
+
+/// Inserts the forward entry: from here on the connection exists. Returns 0, or 1 if there was no
+/// room, and then takes the reply entry back.
+#[inline(never)]
+fn publish<F: Family>(packet: &Packet<F::Address>) -> u32 {
+    let Ok(Work { forward, .. }) = scratch::decision::<F>() else {
+        return 1;
+    };
     rewrite::complete(forward, &packet.key);
     maps::count_lookup(Lookup::FlowUpdate);
     if F::flows()
@@ -319,68 +356,14 @@ fn try_enter<F: Family>(
         .is_err()
     {
         remove::<F>(&forward.partner_key(packet.key.protocol));
-        return Err(DropReason::FlowTableFull);
+        return 1;
     }
-    ring::enter::<F>(ring, &packet.key);
-    local::note_flows(sender.number);
-    if reply_source != 0 {
-        local::note_flows(reply_source);
+    ring::enter::<F>(forward.ring, &packet.key);
+    local::note_flows(forward.source_endpoint);
+    if weir_common::next_hop::is_endpoint(forward.next_hop) {
+        local::note_flows(forward.next_hop);
     }
-    verdict::count(hook, outcome::FLOW_CREATED, 0);
-    if config.flags & config::flag::EVENT_NEW_FLOW != 0 {
-        event::report_new_flow::<F>(ctx, hook, packet, forward);
-    }
-    Ok(())
-}
-
-/// Inserts the reply entry, under another source port if need be.
-#[inline(always)]
-fn claim_reply_tuple<F: Family>(
-    hook: Hook,
-    config: &Config,
-    packet: &Packet<F::Address>,
-    forward: &mut FlowEntry<F::Address>,
-    reply: &mut FlowEntry<F::Address>,
-) -> Result<(), DropReason> {
-    let mut attempt = 0;
-    while attempt <= NAT_PORT_PROBES {
-        let key = forward.partner_key(packet.key.protocol);
-        reply.tag = key.tag();
-        reply.flags &= !(flag::REWRITE_SOURCE | flag::REWRITE_DESTINATION);
-        rewrite::complete(reply, &key);
-        maps::count_lookup(Lookup::FlowUpdate);
-        if F::flows()
-            .insert(&key, &*reply, u64::from(BPF_NOEXIST))
-            .is_ok()
-        {
-            if attempt != 0 {
-                verdict::count(hook, outcome::FLOW_PORT_CHANGED, 0);
-            }
-            return Ok(());
-        }
-        match look_at::<F>(&key) {
-            // Another processor enters the same connection just now, or a former life of it left
-            // this half: the new entry is as good.
-            Some(other) if other.partner == packet.key => {
-                return F::flows()
-                    .insert(&key, &*reply, u64::from(BPF_ANY))
-                    .map_err(|_| DropReason::FlowTableFull);
-            }
-            Some(_) => {}
-            None => return Err(DropReason::FlowTableFull),
-        }
-        if !matches!(packet.key.protocol, protocol::TCP | protocol::UDP)
-            || config.nat_port_count == 0
-        {
-            break;
-        }
-        attempt += 1;
-        // SAFETY: no preconditions.
-        let random = unsafe { bpf_get_prandom_u32() } % u32::from(config.nat_port_count);
-        forward.new_source_port =
-            weir_common::Port::new(config.nat_port_first.wrapping_add(random as u16));
-    }
-    Err(DropReason::NatPortsExhausted)
+    0
 }
 
 /// What the ring and `commit` need to know of a connection.
@@ -438,17 +421,9 @@ pub fn look_at<F: Family>(key: &FlowKey<F::Address>) -> Option<Glance<F::Address
     })
 }
 
-/// Removes both entries of a connection.
+/// Removes an entry.
 #[inline(always)]
-pub fn remove_pair<F: Family>(key: &FlowKey<F::Address>) {
-    if let Some(glance) = look_at::<F>(key) {
-        remove::<F>(&glance.partner);
-    }
-    remove::<F>(key);
-}
-
-#[inline(always)]
-fn remove<F: Family>(key: &FlowKey<F::Address>) {
+pub fn remove<F: Family>(key: &FlowKey<F::Address>) {
     maps::count_lookup(Lookup::FlowUpdate);
     // Gone already is as good.
     let _ = F::flows().remove(key);

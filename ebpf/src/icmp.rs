@@ -13,8 +13,14 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use weir_common::{
-    DropReason, Ipv4, Ipv6, MacAddress, Port, address::Address, checksum::{self, Summed}, flow::FlowKey,
-    lookup::Lookup, mark, metrics::Hook, protocol,
+    DropReason, Ipv4, Ipv6, MacAddress, Port,
+    address::Address,
+    checksum::{self, Summed},
+    flow::FlowKey,
+    lookup::Lookup,
+    mark,
+    metrics::Hook,
+    protocol,
 };
 
 use crate::{

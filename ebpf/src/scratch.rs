@@ -19,6 +19,10 @@ pub struct Work<A> {
     pub forward: FlowEntry<A>,
     /// Entry of the other direction.
     pub reply: FlowEntry<A>,
+    /// Place in the flow ring that gives way if no free one is found.
+    pub candidate: u32,
+    /// What speaks for the connection that has it: the higher, the longer it stays.
+    pub candidate_merit: u32,
 }
 
 /// The room of this processor as a `T`.
