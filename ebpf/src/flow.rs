@@ -10,7 +10,7 @@ use weir_common::{
     DropReason,
     address::Address,
     config,
-    flow::{self, ConnectionState, FlowEntry, FlowKey, flag, scope},
+    flow::{self, ConnectionState, FlowEntry, FlowKey, flag},
     limits::NAT_PORT_PROBES,
     lookup::Lookup,
     metrics::{Hook, outcome},
@@ -19,25 +19,17 @@ use weir_common::{
 
 use crate::{
     access,
+    decide::Decision,
     deliver::Hop,
     event,
     family::Family,
     local::{self, Local},
     maps,
     packet::Packet,
-    rewrite::{self, Rewrite},
-    ring,
+    rewrite, ring,
     scratch::{self, Work},
     verdict,
 };
-
-/// A packet's entry, found and checked.
-pub struct Found<A> {
-    /// Its translation.
-    pub rewrite: Rewrite<A>,
-    /// Its next hop.
-    pub hop: Hop,
-}
 
 /// Now, in ticks of the flow table.
 #[inline(always)]
@@ -46,79 +38,35 @@ pub fn now() -> u32 {
     flow::now_from_nanoseconds(unsafe { bpf_ktime_get_coarse_ns() })
 }
 
-/// Finds the entry of a packet: the one lookup of the fast path. `None` when there is none, or
-/// when it is stale and the packet must be decided anew.
+/// Finds the entry of a packet: the one lookup of the fast path. Leaves the translation in the
+/// packet and gives the next hop; `None` when there is no entry, or a stale one, and the packet must
+/// be decided anew.
+///
+/// The element stays allocated while the program runs, but may be recycled: everything needed is
+/// read first and the tag last.
 #[inline(always)]
 pub fn find<F: Family>(
     ctx: &TcContext,
     hook: Hook,
-    packet: &Packet<F::Address>,
+    packet: &mut Packet<F::Address>,
     sender: Option<Local>,
-) -> Option<Found<F::Address>> {
+) -> Option<Hop> {
     maps::count_lookup(Lookup::Flow);
-    let entry = F::flows().get_ptr_mut(&packet.key)?;
-    // SAFETY: the element stays allocated while the program runs; should it be recycled meanwhile,
-    // the tag tells.
-    let copy = unsafe { Copied::read(entry) };
-    if copy.tag != packet.key.tag() || copy.version != flow::VERSION {
+    let place = F::flows().get_ptr_mut(&packet.key)?;
+    // SAFETY: see above; every bit pattern of an entry is valid.
+    let entry = unsafe { &*place };
+    let hop = check::<F>(ctx, packet, sender, entry);
+    packet.rewrite.copy_from(entry);
+    // SAFETY: as above.
+    let tag = unsafe { access::read_last(&raw const (*place).tag) };
+    if hop.is_none() || tag != packet.key.tag() {
+        packet.rewrite.flags = 0;
+        verdict::count(hook, outcome::FLOW_STALE, 0);
         return None;
     }
-    if let Some(hop) = check::<F>(ctx, packet, sender, &copy) {
-        // SAFETY: as above; a count that hits a recycled element is off by one packet.
-        unsafe { touch(entry, &copy, packet.tcp_flags, ctx.len()) };
-        return Some(Found {
-            rewrite: copy.rewrite,
-            hop,
-        });
-    }
-    verdict::count(hook, outcome::FLOW_STALE, 0);
-    None
-}
-
-/// What the fast path needs of an entry.
-struct Copied<A> {
-    tag: u32,
-    version: u8,
-    tcp_flags: u8,
-    rewrite: Rewrite<A>,
-    next_hop: u32,
-    next_hop_generation: u32,
-    ifindex: u32,
-    source_generation: u32,
-    egress_set: u32,
-    ingress_set: u32,
-    backend: u32,
-    backend_generation: u32,
-}
-
-impl<A: Address + weir_common::checksum::Summed> Copied<A> {
-    /// Copies, and reads the tag last: see [`FlowEntry`].
-    ///
-    /// # Safety
-    ///
-    /// `entry` must point to an element of the flow table.
-    #[inline(always)]
-    unsafe fn read(entry: *const FlowEntry<A>) -> Self {
-        // SAFETY: by contract.
-        let e = unsafe { &*entry };
-        let mut copy = Self {
-            tag: 0,
-            version: e.version,
-            tcp_flags: e.tcp_flags,
-            rewrite: Rewrite::of(e),
-            next_hop: e.next_hop,
-            next_hop_generation: e.next_hop_generation,
-            ifindex: e.ifindex,
-            source_generation: e.source_generation,
-            egress_set: e.egress_set,
-            ingress_set: e.ingress_set,
-            backend: e.backend,
-            backend_generation: e.backend_generation,
-        };
-        // SAFETY: by contract.
-        copy.tag = unsafe { access::read_last(&raw const (*entry).tag) };
-        copy
-    }
+    // SAFETY: as above; a count that hits a recycled element is off by one packet.
+    unsafe { touch(place, packet.tcp_flags, ctx.len()) };
+    hop
 }
 
 /// Whether an entry still holds for this packet; gives its next hop if so.
@@ -127,32 +75,33 @@ fn check<F: Family>(
     ctx: &TcContext,
     packet: &Packet<F::Address>,
     sender: Option<Local>,
-    copy: &Copied<F::Address>,
+    entry: &FlowEntry<F::Address>,
 ) -> Option<Hop> {
-    if copy.ifindex != 0 && copy.ifindex != access::ifindex(ctx) {
-        return None;
-    }
-    if let Some(sender) = sender
-        && (copy.source_generation != sender.row.generation
-            || copy.egress_set != sender.row.egress_set)
+    if entry.version != flow::VERSION
+        || (entry.ifindex != 0 && entry.ifindex != access::ifindex(ctx))
     {
         return None;
     }
-    let forward_to_service = copy.backend != 0 && copy.rewrite.flags & flag::REPLY == 0;
-    if forward_to_service {
+    if let Some(sender) = sender
+        && (entry.source_generation != sender.row.generation
+            || entry.egress_set != sender.row.egress_set)
+    {
+        return None;
+    }
+    if entry.backend != 0 && entry.flags & flag::REPLY == 0 {
         // TCP keeps its endpoint to the end; a new connection of the same tuple does not.
         let reopens = packet.is_syn();
-        if reopens && copy.tcp_flags & (tcp_flag::FIN | tcp_flag::RST) != 0 {
+        if reopens && entry.tcp_flags & (tcp_flag::FIN | tcp_flag::RST) != 0 {
             return None;
         }
         if (packet.key.protocol != protocol::TCP || reopens)
-            && maps::BACKENDS.get(copy.backend)?.generation != copy.backend_generation
+            && maps::BACKENDS.get(entry.backend)?.generation != entry.backend_generation
         {
             return None;
         }
     }
-    let hop = Hop::find(copy.next_hop).ok()?;
-    if hop.generation() != copy.next_hop_generation || hop.ingress_set() != copy.ingress_set {
+    let hop = Hop::find(entry.next_hop).ok()?;
+    if hop.generation() != entry.next_hop_generation || hop.ingress_set() != entry.ingress_set {
         return None;
     }
     Some(hop)
@@ -164,15 +113,14 @@ fn check<F: Family>(
 ///
 /// `entry` must point to an element of the flow table.
 #[inline(always)]
-unsafe fn touch<A>(entry: *mut FlowEntry<A>, copy: &Copied<A>, tcp_flags: u8, bytes: u32) {
-    let flags = copy.tcp_flags | tcp_flags;
+unsafe fn touch<A>(entry: *mut FlowEntry<A>, tcp_flags: u8, bytes: u32) {
     // SAFETY: by contract; all fields are words that may be written at any time.
     unsafe {
         (*entry).last_seen = now();
         (*entry).packets += 1;
         (*entry).bytes += u64::from(bytes);
-        if flags != copy.tcp_flags {
-            (*entry).tcp_flags = flags;
+        if (*entry).tcp_flags | tcp_flags != (*entry).tcp_flags {
+            (*entry).tcp_flags |= tcp_flags;
         }
     }
 }
@@ -184,12 +132,30 @@ unsafe fn touch<A>(entry: *mut FlowEntry<A>, copy: &Copied<A>, tcp_flags: u8, by
 /// port) this one gets another source port. The steps are functions of their own for the sake of
 /// the stack and of the verifier, which then follows them one after another.
 #[inline(always)]
-pub fn commit<F: Family>(
-    ctx: &TcContext,
-    hook: Hook,
-    packet: &Packet<F::Address>,
-    sender: u32,
-) -> Result<(), DropReason> {
+pub fn commit<F: Family>(ctx: &TcContext, hook: Hook, sender: u32) -> Result<(), DropReason> {
+    match F::commit(ctx, hook as u32, sender) {
+        0 => Ok(()),
+        reason => Err(DropReason::of_kernel(reason)),
+    }
+}
+
+/// The body of [`Family::commit`]: returns 0, or the number of a drop reason.
+#[inline(always)]
+pub fn enter<F: Family>(ctx: &TcContext, hook: u32, sender: u32) -> u32 {
+    let hook = if hook == Hook::FromPod as u32 {
+        Hook::FromPod
+    } else {
+        Hook::FromNetdev
+    };
+    match try_enter::<F>(ctx, hook, sender) {
+        Ok(()) => 0,
+        Err(reason) => reason as u32,
+    }
+}
+
+#[inline(always)]
+fn try_enter<F: Family>(ctx: &TcContext, hook: Hook, sender: u32) -> Result<(), DropReason> {
+    let packet = scratch::packet::<F>()?;
     let place = ring::take_place::<F>(packet);
     if place == ring::NO_PLACE {
         return Err(DropReason::FlowTableFull);
@@ -218,36 +184,34 @@ pub fn commit<F: Family>(
 }
 
 /// Fills both entries in the scratch room. Returns 0, or 1 if an endpoint went away meanwhile.
-#[inline(never)]
+#[inline(always)]
 fn fill<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>, sender: u32, place: u32) -> u32 {
-    let Ok(Work { decision, forward, reply, .. }) = scratch::decision::<F>()
+    fill_forward::<F>(ctx, packet, sender, place) | fill_reply::<F>(packet, sender, place)
+}
+
+#[inline(never)]
+fn fill_forward<F: Family>(
+    ctx: &TcContext,
+    packet: &Packet<F::Address>,
+    sender: u32,
+    place: u32,
+) -> u32 {
+    let Ok(Work {
+        decision, forward, ..
+    }) = scratch::decision::<F>()
     else {
         return 1;
     };
     let Some(sender) = local::by_number(sender) else {
         return 1;
     };
-    let Ok(hop) = Hop::find(decision.next_hop) else {
-        return 1;
-    };
-    let now = now();
-    let (reply_source, reply_generation, reply_egress, reply_ifindex) = match hop {
-        Hop::Endpoint(row) => (
-            decision.next_hop,
-            row.generation,
-            row.egress_set,
-            row.ifindex,
-        ),
-        _ => (0, 0, 0, 0),
-    };
     let hairpin = if decision.hairpin != 0 {
         flag::HAIRPIN
     } else {
         0
     };
-
+    begin::<F>(forward, decision, place);
     forward.tag = packet.key.tag();
-    forward.version = flow::VERSION;
     forward.tcp_flags = packet.tcp_flags;
     forward.flags = u16::from(decision.reply_scope) << flag::PARTNER_SCOPE_SHIFT | hairpin;
     forward.new_source = decision.source;
@@ -255,17 +219,34 @@ fn fill<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>, sender: u32, pl
     forward.new_source_port = packet.key.source_port;
     forward.new_destination_port = decision.destination_port;
     forward.next_hop = decision.next_hop;
-    forward.next_hop_generation = hop.generation();
+    forward.next_hop_generation = decision.next_hop_generation;
     forward.ifindex = sender.row.ifindex;
     forward.source_endpoint = sender.number;
     forward.source_generation = sender.row.generation;
     forward.egress_set = sender.row.egress_set;
-    forward.ingress_set = hop.ingress_set();
+    forward.ingress_set = decision.ingress_set;
     forward.packets = 1;
     forward.bytes = u64::from(ctx.len());
+    0
+}
 
-    reply.version = flow::VERSION;
-    reply.tcp_flags = 0;
+#[inline(never)]
+fn fill_reply<F: Family>(packet: &Packet<F::Address>, sender: u32, place: u32) -> u32 {
+    let Ok(Work {
+        decision, reply, ..
+    }) = scratch::decision::<F>()
+    else {
+        return 1;
+    };
+    let Some(sender) = local::by_number(sender) else {
+        return 1;
+    };
+    let hairpin = if decision.hairpin != 0 {
+        flag::HAIRPIN
+    } else {
+        0
+    };
+    begin::<F>(reply, decision, place);
     reply.flags = flag::REPLY | u16::from(packet.key.scope) << flag::PARTNER_SCOPE_SHIFT | hairpin;
     reply.new_source = packet.key.destination;
     reply.new_destination = packet.key.source;
@@ -273,41 +254,68 @@ fn fill<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>, sender: u32, pl
     reply.new_destination_port = packet.key.source_port;
     reply.next_hop = sender.number;
     reply.next_hop_generation = sender.row.generation;
-    reply.ifindex = if decision.reply_scope == scope::POD {
-        reply_ifindex
-    } else {
-        0
-    };
-    reply.source_endpoint = reply_source;
-    reply.source_generation = reply_generation;
-    reply.egress_set = reply_egress;
     reply.ingress_set = sender.row.ingress_set;
-    reply.packets = 0;
-    reply.bytes = 0;
-
-    for entry in [forward, reply] {
-        entry.backend = decision.backend;
-        entry.backend_generation = decision.backend_generation;
-        entry.ring = place;
-        entry.last_seen = now;
-        entry.created = now;
+    if let Some(local) = local::by_number(local_number(decision.next_hop)) {
+        reply.source_endpoint = local.number;
+        reply.source_generation = local.row.generation;
+        reply.egress_set = local.row.egress_set;
+        reply.ifindex = local.row.ifindex;
     }
     0
+}
+
+/// The next hop if it is an endpoint of this node, else 0.
+#[inline(always)]
+fn local_number(next_hop: u32) -> u32 {
+    if weir_common::next_hop::is_endpoint(next_hop) {
+        next_hop
+    } else {
+        0
+    }
+}
+
+/// What both entries begin with.
+#[inline(always)]
+fn begin<F: Family>(
+    entry: &mut FlowEntry<F::Address>,
+    decision: &Decision<F::Address>,
+    place: u32,
+) {
+    let now = now();
+    entry.version = flow::VERSION;
+    entry.tcp_flags = 0;
+    entry.ifindex = 0;
+    entry.source_endpoint = 0;
+    entry.source_generation = 0;
+    entry.egress_set = 0;
+    entry.backend = decision.backend;
+    entry.backend_generation = decision.backend_generation;
+    entry.ring = place;
+    entry.last_seen = now;
+    entry.created = now;
+    entry.packets = 0;
+    entry.bytes = 0;
 }
 
 /// Inserts the reply entry. Returns 0, or 1 if its tuple belongs to another connection.
 #[inline(never)]
 fn claim_reply_tuple<F: Family>(packet: &Packet<F::Address>) -> u32 {
-    let Ok(Work { forward, reply, .. }) = scratch::decision::<F>() else {
+    let Ok(Work {
+        forward,
+        reply,
+        reply_key,
+        ..
+    }) = scratch::decision::<F>()
+    else {
         return 1;
     };
-    let key = forward.partner_key(packet.key.protocol);
-    reply.tag = key.tag();
+    *reply_key = forward.partner_key(packet.key.protocol);
+    reply.tag = reply_key.tag();
     reply.flags &= !(flag::REWRITE_SOURCE | flag::REWRITE_DESTINATION);
-    rewrite::complete(reply, &key);
+    rewrite::complete(reply, reply_key);
     maps::count_lookup(Lookup::FlowUpdate);
     if F::flows()
-        .insert(&key, &*reply, u64::from(BPF_NOEXIST))
+        .insert(&*reply_key, &*reply, u64::from(BPF_NOEXIST))
         .is_ok()
     {
         return 0;
@@ -315,12 +323,17 @@ fn claim_reply_tuple<F: Family>(packet: &Packet<F::Address>) -> u32 {
     // Another processor enters the same connection just now, or a former life of it left this
     // half: the new entry is as good.
     maps::count_lookup(Lookup::Flow);
-    let same = match F::flows().get_ptr(&key) {
+    let same = match F::flows().get_ptr(&*reply_key) {
         // SAFETY: as in `find`.
-        Some(other) => packet.key == unsafe { (*other).partner_key(packet.key.protocol) },
+        Some(other) => unsafe { (*other).has_partner(&packet.key) },
         None => false,
     };
-    u32::from(!(same && F::flows().insert(&key, &*reply, u64::from(BPF_ANY)).is_ok()))
+    u32::from(
+        !(same
+            && F::flows()
+                .insert(&*reply_key, &*reply, u64::from(BPF_ANY))
+                .is_ok()),
+    )
 }
 
 /// Gives the connection another source port. Returns 0, or 1 if it cannot have one.
@@ -346,7 +359,10 @@ fn change_source_port<F: Family>(packet: &Packet<F::Address>) -> u32 {
 /// room, and then takes the reply entry back.
 #[inline(never)]
 fn publish<F: Family>(packet: &Packet<F::Address>) -> u32 {
-    let Ok(Work { forward, .. }) = scratch::decision::<F>() else {
+    let Ok(Work {
+        forward, reply_key, ..
+    }) = scratch::decision::<F>()
+    else {
         return 1;
     };
     rewrite::complete(forward, &packet.key);
@@ -355,13 +371,14 @@ fn publish<F: Family>(packet: &Packet<F::Address>) -> u32 {
         .insert(&packet.key, &*forward, u64::from(BPF_ANY))
         .is_err()
     {
-        remove::<F>(&forward.partner_key(packet.key.protocol));
+        remove::<F>(reply_key);
         return 1;
     }
     ring::enter::<F>(forward.ring, &packet.key);
     local::note_flows(forward.source_endpoint);
-    if weir_common::next_hop::is_endpoint(forward.next_hop) {
-        local::note_flows(forward.next_hop);
+    let target = local_number(forward.next_hop);
+    if target != 0 {
+        local::note_flows(target);
     }
     0
 }

@@ -107,7 +107,7 @@ pub static EVENTS: RingBuf<Event, { limits::EVENTS_BYTES as usize }> = RingBuf::
 /// Room for the packet that is being handled, see [`crate::scratch::packet`]. Not pinned, never
 /// read by the agent.
 #[repr(C, align(8))]
-pub struct PacketRoom(pub [u64; 12]);
+pub struct PacketRoom(pub [u64; 16]);
 #[btf_map]
 pub static PACKET: PerCpuArray<PacketRoom, 1> = PerCpuArray::new();
 

@@ -8,7 +8,10 @@ use weir_common::{
     protocol::{self, tcp_flag},
 };
 
-use crate::access::{self, ETHERNET};
+use crate::{
+    access::{self, ETHERNET},
+    rewrite::Rewrite,
+};
 
 /// Place of a packet in a fragmented datagram: values of [`Packet::fragment`].
 pub mod fragment {
@@ -46,32 +49,28 @@ pub struct Packet<A> {
     pub icmp_type: u8,
     /// 1: may not be fragmented (always so in IPv6).
     pub dont_fragment: u8,
+    /// How it is translated; nothing as long as its flags are zero.
+    pub rewrite: Rewrite<A>,
 }
 
 impl<A: Address> Packet<A> {
     /// Starts anew with a tuple of which the ports are not known yet.
     #[inline(always)]
     pub fn reset(&mut self, source: A, destination: A, protocol: u8, scope: u8) {
-        *self = Self {
-            key: FlowKey {
-                source,
-                destination,
-                source_port: Port([0; 2]),
-                destination_port: Port([0; 2]),
-                protocol,
-                scope,
-                reserved: 0,
-            },
-            l4_offset: 0,
-            l3_length: 0,
-            identification: 0,
-            fragment: fragment::WHOLE,
-            ttl: 0,
-            tcp_flags: 0,
-            tcp_header: 0,
-            icmp_type: 0,
-            dont_fragment: 1,
-        };
+        self.key.source = source;
+        self.key.destination = destination;
+        self.key.source_port = Port([0; 2]);
+        self.key.destination_port = Port([0; 2]);
+        self.key.protocol = protocol;
+        self.key.scope = scope;
+        self.key.reserved = 0;
+        self.identification = 0;
+        self.fragment = fragment::WHOLE;
+        self.tcp_flags = 0;
+        self.tcp_header = 0;
+        self.icmp_type = 0;
+        self.dont_fragment = 1;
+        self.rewrite.flags = 0;
     }
 
     /// A later fragment, which has no layer-4 header.

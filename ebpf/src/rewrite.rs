@@ -18,6 +18,7 @@ use crate::{access, family::Family, packet::Packet, switches};
 
 /// A translation of one direction of a flow.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Rewrite<A> {
     /// New source address.
     pub source: A,
@@ -36,18 +37,16 @@ pub struct Rewrite<A> {
 }
 
 impl<A: Address + Summed> Rewrite<A> {
-    /// The translation that an entry holds.
+    /// Takes over the translation that an entry holds.
     #[inline(always)]
-    pub fn of(entry: &FlowEntry<A>) -> Self {
-        Self {
-            source: entry.new_source,
-            destination: entry.new_destination,
-            source_port: entry.new_source_port,
-            destination_port: entry.new_destination_port,
-            address_difference: entry.address_difference,
-            port_difference: entry.port_difference,
-            flags: entry.flags,
-        }
+    pub fn copy_from(&mut self, entry: &FlowEntry<A>) {
+        self.source = entry.new_source;
+        self.destination = entry.new_destination;
+        self.source_port = entry.new_source_port;
+        self.destination_port = entry.new_destination_port;
+        self.address_difference = entry.address_difference;
+        self.port_difference = entry.port_difference;
+        self.flags = entry.flags;
     }
 
     /// Whether anything is rewritten at all.

@@ -5,7 +5,10 @@
 //! along every path, but not what is in a map. So the paths by protocol and kind of fragment meet
 //! again once the headers have been read, instead of being multiplied with all that follows.
 
-use weir_common::{DropReason, Ipv6, flow::FlowEntry};
+use weir_common::{
+    DropReason, Ipv6,
+    flow::{FlowEntry, FlowKey},
+};
 
 use crate::{decide::Decision, family::Family, maps, packet::Packet};
 
@@ -19,6 +22,8 @@ pub struct Work<A> {
     pub forward: FlowEntry<A>,
     /// Entry of the other direction.
     pub reply: FlowEntry<A>,
+    /// Key of `reply`.
+    pub reply_key: FlowKey<A>,
     /// Place in the flow ring that gives way if no free one is found.
     pub candidate: u32,
     /// What speaks for the connection that has it: the higher, the longer it stays.

@@ -82,4 +82,9 @@ pub trait Family: Sized {
 
     /// The tuple as words for [`weir_common::hash::mix`].
     fn hash_tuple(packet: &Packet<Self::Address>) -> u32;
+
+    /// [`crate::decide::decide`] as a global function.
+    fn decide(sender: u32, ports_known: u32) -> u32;
+    /// [`crate::flow::enter`] as a global function.
+    fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32;
 }

@@ -13,6 +13,7 @@ use weir_common::{
 use super::{Family, InPodRange};
 use crate::{
     access::{self, ETHERNET},
+    global,
     maps::{self, FlowRing, Flows, Fragments, Frontends, LocalAddresses},
     packet::{Packet, fragment},
 };
@@ -182,6 +183,15 @@ impl Family for V4 {
         header.ttl -= 1;
         header.checksum = checksum::apply(header.checksum, TTL_DIFFERENCE);
         Ok(())
+    }
+
+    #[inline(always)]
+    fn decide(sender: u32, ports_known: u32) -> u32 {
+        global::decide_v4(sender, ports_known)
+    }
+    #[inline(always)]
+    fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {
+        global::commit_v4(ctx.skb.skb, hook, sender)
     }
 
     #[inline(always)]

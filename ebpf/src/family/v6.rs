@@ -14,6 +14,7 @@ use weir_common::{
 use super::{Family, InPodRange};
 use crate::{
     access::{self, ETHERNET, OFFSET_MASK},
+    global,
     maps::{self, FlowRing, Flows, Fragments, Frontends, LocalAddresses},
     packet::{Packet, fragment},
 };
@@ -174,6 +175,15 @@ impl Family for V6 {
         let header = unsafe { &mut *header(ctx)? };
         header.hop_limit -= 1;
         Ok(())
+    }
+
+    #[inline(always)]
+    fn decide(sender: u32, ports_known: u32) -> u32 {
+        global::decide_v6(sender, ports_known)
+    }
+    #[inline(always)]
+    fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {
+        global::commit_v6(ctx.skb.skb, hook, sender)
     }
 
     #[inline(always)]

@@ -54,29 +54,17 @@ fn to_local_pod<F: Family>(
             // Whether it belongs to a translated connection cannot be told without its first.
             return Err(DropReason::FragmentNotFound);
         }
-        if let Some(found) = flow::find::<F>(ctx, Hook::FromNetdev, packet, None) {
-            return deliver::deliver::<F>(
-                ctx,
-                Hook::FromNetdev,
-                packet,
-                found.hop,
-                Some(&found.rewrite),
-            );
+        if let Some(hop) = flow::find::<F>(ctx, Hook::FromNetdev, packet, None) {
+            return deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, hop);
         }
         if icmp::is_error(packet) {
             decide::check_outside_source::<F>(config, packet.key.source)?;
             let next_hop = icmp::translate_error::<F>(ctx, packet)?;
             let hop = Hop::find(next_hop.unwrap_or(receiver.number))?;
-            return deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, hop, None);
+            return deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, hop);
         }
     }
     decide::check_outside_source::<F>(config, packet.key.source)?;
     policy::judge(receiver.row.ingress_set)?;
-    deliver::deliver::<F>(
-        ctx,
-        Hook::FromNetdev,
-        packet,
-        Hop::Endpoint(receiver.row),
-        None,
-    )
+    deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, Hop::Endpoint(receiver.row))
 }

@@ -12,7 +12,6 @@ use crate::{
     local::{self, Local},
     neighbour,
     packet::Packet,
-    rewrite::Rewrite,
     scratch,
     verdict::Verdict,
 };
@@ -34,7 +33,7 @@ pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
         Kind::V6 => {
             let packet = scratch::packet::<V6>()?;
             V6::parse(ctx, scope::POD, packet)?;
-            if let Some(answer) = neighbour::solicitation(ctx, local::config()?, sender, packet)? {
+            if let Some(answer) = neighbour::solicitation(ctx, sender, packet) {
                 return Ok(answer);
             }
             if packet.key.source != sender.row.ipv6 || V6::is_link_local(packet.key.source) {
@@ -42,7 +41,7 @@ pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
             }
             forward::<V6>(ctx, sender, packet)
         }
-        Kind::Arp => neighbour::arp(ctx, local::config()?, sender),
+        Kind::Arp => Ok(neighbour::arp(ctx, sender)),
         Kind::Other => Err(DropReason::UnsupportedL3),
     }
 }
@@ -77,39 +76,43 @@ fn forward<F: Family>(
     } else {
         None
     };
-    let (hop, rewrite) = match found {
-        Some(found) => (found.hop, found.rewrite),
+    let hop = match found {
+        Some(hop) => hop,
         None if has_flows && icmp::is_error(packet) => {
-            return error_of_pod::<F>(ctx, sender, packet);
+            Hop::find(next_hop_of_error::<F>(ctx, sender, packet)?)?
         }
-        None => {
-            decide::from_pod::<F>(packet, sender.number, ports_known)?;
-            if scratch::decision::<F>()?.decision.stateful != 0 {
-                flow::commit::<F>(ctx, Hook::FromPod, packet, sender.number)?;
-            }
-            let work = scratch::decision::<F>()?;
-            (
-                Hop::find(work.decision.next_hop)?,
-                Rewrite::of(&work.forward),
-            )
-        }
+        None => Hop::find(decide_and_commit::<F>(ctx, sender, packet, ports_known)?)?,
     };
-    deliver::deliver::<F>(ctx, Hook::FromPod, packet, hop, Some(&rewrite))
+    deliver::deliver::<F>(ctx, Hook::FromPod, packet, hop)
 }
 
-/// An ICMP error that a pod sends, perhaps about a packet it got through a Service.
+/// A packet without an entry. Gives its next hop, and leaves the translation in the packet.
 #[inline(always)]
-fn error_of_pod<F: Family>(
+fn decide_and_commit<F: Family>(
+    ctx: &TcContext,
+    sender: Local,
+    packet: &mut Packet<F::Address>,
+    ports_known: bool,
+) -> Result<u32, DropReason> {
+    decide::from_pod::<F>(sender.number, ports_known)?;
+    if scratch::decision::<F>()?.decision.stateful != 0 {
+        flow::commit::<F>(ctx, Hook::FromPod, sender.number)?;
+        packet.rewrite.copy_from(&scratch::decision::<F>()?.forward);
+    }
+    Ok(scratch::decision::<F>()?.decision.next_hop)
+}
+
+/// An ICMP error that a pod sends, perhaps about a packet it got through a Service. Gives its next
+/// hop; it is translated already.
+#[inline(always)]
+fn next_hop_of_error<F: Family>(
     ctx: &TcContext,
     sender: Local,
     packet: &Packet<F::Address>,
-) -> Result<Verdict, DropReason> {
-    let next_hop = match icmp::translate_error::<F>(ctx, packet)? {
-        Some(next_hop) => next_hop,
-        None => {
-            decide::from_pod::<F>(packet, sender.number, true)?;
-            scratch::decision::<F>()?.decision.next_hop
-        }
-    };
-    deliver::deliver::<F>(ctx, Hook::FromPod, packet, Hop::find(next_hop)?, None)
+) -> Result<u32, DropReason> {
+    if let Some(next_hop) = icmp::translate_error::<F>(ctx, packet)? {
+        return Ok(next_hop);
+    }
+    decide::from_pod::<F>(sender.number, true)?;
+    Ok(scratch::decision::<F>()?.decision.next_hop)
 }

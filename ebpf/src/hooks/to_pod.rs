@@ -40,9 +40,10 @@ fn forward<F: Family>(ctx: &TcContext, receiver: Local) -> Result<Verdict, DropR
         // Whether it belongs to a translated connection cannot be told without its first.
         return Err(DropReason::FragmentNotFound);
     }
-    if let Some(found) = flow::find::<F>(ctx, Hook::ToPod, packet, None) {
-        deliver::translate::<F>(ctx, packet, Some(&found.rewrite))?;
-    } else if icmp::is_error(packet) {
+    if flow::find::<F>(ctx, Hook::ToPod, packet, None).is_some() {
+        return deliver::to_stack::<F>(ctx, packet);
+    }
+    if icmp::is_error(packet) {
         icmp::translate_error::<F>(ctx, packet)?;
     }
     Ok(Verdict::STACK)
