@@ -53,7 +53,9 @@ fn run() -> Result<(), String> {
 
     let toolchain = toolchain::Toolchain::find().map_err(|missing| missing.to_string())?;
     let target_dir = target_dir(&workspace);
-    let mut cargo = toolchain.cargo("build", &workspace, &target_dir);
+    let mut cargo = toolchain
+        .cargo("build", &workspace, &target_dir)
+        .map_err(|error| format!("cannot write to {}: {error}", target_dir.display()))?;
     let status = cargo
         .args(["--package", PACKAGE, "--bin", PACKAGE])
         .status()

@@ -5,7 +5,8 @@
 use std::{
     env,
     ffi::{OsStr, OsString},
-    fmt, fs,
+    fmt, fs, io,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -27,6 +28,8 @@ pub enum Compiler {
     Debian {
         /// The compiler.
         rustc: PathBuf,
+        /// The LLVM that it was built with, for bpf-linker.
+        llvm: PathBuf,
     },
     /// A nightly of rustup with `rust-src`: `core` is compiled along.
     Rustup {
@@ -85,7 +88,7 @@ impl std::error::Error for Missing {}
 impl fmt::Display for Toolchain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.compiler {
-            Compiler::Debian { rustc } => write!(f, "{} (Debian)", rustc.display())?,
+            Compiler::Debian { rustc, .. } => write!(f, "{} (Debian)", rustc.display())?,
             Compiler::Rustup { sysroot } => write!(f, "rustup nightly ({})", sysroot.display())?,
         }
         write!(f, ", linker {}", self.linker.display())
@@ -119,14 +122,19 @@ impl Toolchain {
     /// A cargo command for the kernel programs: `verb` is `build` or `clippy`. The environment is
     /// a short list of what a build may depend on, so that wrappers, flags and toolchain choices
     /// of an outer cargo do not leak in. The caller adds the package and runs it.
-    pub fn cargo(&self, verb: &str, workspace: &Path, target_dir: &Path) -> Command {
+    ///
+    /// # Errors
+    ///
+    /// `target_dir` cannot be written.
+    pub fn cargo(&self, verb: &str, workspace: &Path, target_dir: &Path) -> io::Result<Command> {
         let mut command = match &self.compiler {
-            Compiler::Debian { rustc } => {
+            Compiler::Debian { rustc, llvm } => {
                 // In a build script `CARGO` is the cargo that runs it.
                 let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
                 let mut command = Command::new(cargo);
                 command.env_clear();
                 command.env("RUSTC", rustc).env("RUSTC_BOOTSTRAP", "1");
+                command.env("LD_LIBRARY_PATH", folder_of_llvm(llvm, target_dir)?);
                 command
             }
             Compiler::Rustup { sysroot } => {
@@ -147,7 +155,7 @@ impl Toolchain {
             .arg("--target-dir")
             .arg(target_dir)
             .env("CARGO_ENCODED_RUSTFLAGS", self.rust_flags());
-        command
+        Ok(command)
     }
 
     fn rust_flags(&self) -> OsString {
@@ -201,10 +209,13 @@ fn is_kept(name: &OsStr) -> bool {
 
 fn debian() -> Result<Compiler, String> {
     let rustc = PathBuf::from(DEBIAN_RUSTC);
-    let sysroot = sysroot(Command::new(&rustc)).ok_or_else(|| {
+    let sysroot = ask(Command::new(&rustc), &["--print", "sysroot"]).ok_or_else(|| {
         format!("Debian: {DEBIAN_RUSTC} is missing (packages rustc-web, libstd-rust-web-dev-bpf)")
     })?;
-    let lib = sysroot.join("lib/rustlib").join(TARGET).join("lib");
+    let lib = Path::new(sysroot.trim())
+        .join("lib/rustlib")
+        .join(TARGET)
+        .join("lib");
     let has_core = fs::read_dir(&lib).is_ok_and(|entries| {
         entries.flatten().any(|entry| {
             let name = entry.file_name();
@@ -212,22 +223,61 @@ fn debian() -> Result<Compiler, String> {
             name.starts_with("libcore-") && name.ends_with(".rlib")
         })
     });
-    if has_core {
-        Ok(Compiler::Debian { rustc })
-    } else {
-        Err(format!(
+    if !has_core {
+        return Err(format!(
             "Debian: {DEBIAN_RUSTC} has no libcore in {} (package libstd-rust-web-dev-bpf)",
             lib.display()
-        ))
+        ));
     }
+    let llvm = debian_llvm(&rustc)?;
+    Ok(Compiler::Debian { rustc, llvm })
+}
+
+/// The library of the LLVM version that the compiler names, as Debian installs it.
+fn debian_llvm(rustc: &Path) -> Result<PathBuf, String> {
+    let version = ask(Command::new(rustc), &["-vV"]).unwrap_or_default();
+    let version = version
+        .lines()
+        .find_map(|line| line.strip_prefix("LLVM version: "))
+        .ok_or_else(|| format!("Debian: {DEBIAN_RUSTC} -vV names no LLVM version"))?;
+    let major_minor: Vec<&str> = version.trim().split('.').take(2).collect();
+    let name = format!("libLLVM.so.{}", major_minor.join("."));
+    fs::read_dir("/usr/lib")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|folder| folder.path().join(&name))
+        .find(|library| library.is_file())
+        .ok_or_else(|| {
+            format!(
+                "Debian: {name} is in no folder of /usr/lib (package libllvm{})",
+                major_minor[0]
+            )
+        })
+}
+
+/// A folder with nothing but this LLVM: bpf-linker takes the first of any version that it finds
+/// in `LD_LIBRARY_PATH`.
+fn folder_of_llvm(llvm: &Path, target_dir: &Path) -> io::Result<PathBuf> {
+    let folder = target_dir.join("llvm");
+    fs::create_dir_all(&folder)?;
+    let link = folder.join(llvm.file_name().unwrap_or_default());
+    if fs::read_link(&link).ok().as_deref() != Some(llvm) {
+        for entry in fs::read_dir(&folder)? {
+            fs::remove_file(entry?.path())?;
+        }
+        symlink(llvm, &link)?;
+    }
+    Ok(folder)
 }
 
 fn rustup() -> Result<Compiler, String> {
     let mut command = Command::new("rustup");
     command.args(["run", "nightly", "rustc"]);
-    let sysroot = sysroot(command).ok_or(
+    let sysroot = ask(command, &["--print", "sysroot"]).ok_or(
         "rustup: there is no nightly (rustup toolchain install nightly --component rust-src)",
     )?;
+    let sysroot = PathBuf::from(sysroot.trim());
     let source = sysroot.join("lib/rustlib/src/rust/library/core/Cargo.toml");
     if source.is_file() {
         Ok(Compiler::Rustup { sysroot })
@@ -240,16 +290,16 @@ fn rustup() -> Result<Compiler, String> {
     }
 }
 
-/// The sysroot of a compiler, asked without the environment of an outer cargo.
-fn sysroot(mut rustc: Command) -> Option<PathBuf> {
+/// What a compiler answers, without the environment of an outer cargo.
+fn ask(mut rustc: Command, question: &[&str]) -> Option<String> {
     let output = rustc
         .env_clear()
         .envs(env::vars_os().filter(|(name, _)| is_kept(name)))
-        .args(["--print", "sysroot"])
+        .args(question)
         .output()
         .ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
-    (output.status.success() && !text.trim().is_empty()).then(|| PathBuf::from(text.trim()))
+    (output.status.success() && !text.trim().is_empty()).then_some(text)
 }
 
 fn find_linker() -> Option<PathBuf> {

@@ -222,10 +222,12 @@ impl Walk {
         } else {
             (Some(key), partner.map(|_| partner_key))
         };
+        let mut removed = false;
         for key in [first, second].into_iter().flatten() {
-            self.map.delete(sys::bytes_of(&key))?;
+            // Both are gone if they came in one batch and the other has been looked at before.
+            removed |= self.map.delete(sys::bytes_of(&key))?;
         }
-        Ok(true)
+        Ok(removed)
     }
 }
 

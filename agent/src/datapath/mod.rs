@@ -518,6 +518,16 @@ impl Datapath {
         self.flows.sweep(budget, &timeouts, &self.counters)
     }
 
+    /// As [`Self::sweep_flows`], at the time `now` in ticks.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn sweep_flows_at(&mut self, now: u32, budget: u32) -> io::Result<SweepReport> {
+        let timeouts = self.config.row().timeouts;
+        self.flows.sweep_at(now, budget, &timeouts, &self.counters)
+    }
+
     /// The reader of events; there is one. Must be called within a tokio runtime.
     ///
     /// # Errors
