@@ -1,0 +1,10 @@
+//! The data path against the running kernel: maps, pins, links. Needs root. Every test has a BPF
+//! file system of its own, and a network namespace where it needs devices.
+
+mod attach;
+mod endpoints;
+mod flows;
+mod layout;
+mod next_hops;
+mod services;
+mod support;

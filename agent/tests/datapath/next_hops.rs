@@ -1,0 +1,163 @@
+use weir_agent::{
+    datapath::{Hop, HopRef},
+    objects::Family,
+};
+use weir_common::{
+    ipcache::class,
+    next_hop::{FIRST_ROW, HOST, NextHop, kind},
+};
+
+use crate::support::BpfFs;
+
+fn hop(family: Family, last: u8) -> Hop {
+    Hop {
+        ifindex: 3,
+        gateway: match family {
+            Family::V4 => [192, 0, 2, last].into(),
+            Family::V6 => [0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(last)].into(),
+        },
+        mtu: 1450,
+    }
+}
+
+fn cidr(family: Family, node: u8) -> ipnet::IpNet {
+    match family {
+        Family::V4 => format!("10.{node}.0.0/24"),
+        Family::V6 => format!("fd00:{node}::/64"),
+    }
+    .parse()
+    .unwrap()
+}
+
+#[test]
+fn a_changed_route_keeps_number_and_generation() {
+    for family in [Family::V4, Family::V6] {
+        let fs = BpfFs::new();
+        let row = |number: u32| -> NextHop {
+            fs.array("NEXT_HOPS").get(&(number - FIRST_ROW), 0).unwrap()
+        };
+        let mut datapath = fs.open();
+        let number = datapath
+            .set_hop("b", family, &[], Some(hop(family, 1)))
+            .unwrap();
+        let before = row(number);
+        assert_eq!(
+            (before.kind, before.ifindex, before.mtu),
+            (kind::NEIGHBOUR, 3, 1450)
+        );
+        assert_eq!(
+            datapath
+                .set_hop("b", family, &[], Some(hop(family, 2)))
+                .unwrap(),
+            number
+        );
+        assert_ne!(row(number).gateway, before.gateway);
+        assert_eq!(row(number).generation, before.generation);
+        datapath.set_hop("b", family, &[], None).unwrap();
+        assert_eq!(row(number).kind, kind::NONE);
+        assert_eq!(row(number).generation, before.generation);
+        datapath.remove_hop("b", family).unwrap();
+        assert!(row(number).generation > before.generation);
+        let other = if family == Family::V4 {
+            Family::V6
+        } else {
+            Family::V4
+        };
+        let a = datapath
+            .set_hop("c", family, &[], Some(hop(family, 1)))
+            .unwrap();
+        let b = datapath
+            .set_hop("c", other, &[], Some(hop(family, 1)))
+            .unwrap();
+        assert_ne!(a, b);
+    }
+}
+
+#[test]
+fn numbers_are_found_again_through_the_prefixes() {
+    for family in [Family::V4, Family::V6] {
+        let fs = BpfFs::new();
+        let mut datapath = fs.open();
+        let mut numbers = Vec::new();
+        for node in 1..=4u8 {
+            let name = format!("node-{node}");
+            let number = datapath
+                .set_hop(
+                    &name,
+                    family,
+                    &[cidr(family, node)],
+                    Some(hop(family, node)),
+                )
+                .unwrap();
+            datapath
+                .set_ipcache(
+                    cidr(family, node),
+                    class::REMOTE_PODS,
+                    HopRef::Node(&name, family),
+                )
+                .unwrap();
+            numbers.push(number);
+        }
+        drop(datapath);
+
+        let mut datapath = fs.open();
+        // Node 1 is gone, node 5 is new, and the order is another.
+        let fresh = datapath
+            .set_hop("node-5", family, &[cidr(family, 5)], Some(hop(family, 5)))
+            .unwrap();
+        assert!(
+            !numbers.contains(&fresh),
+            "rows in use are not given away before the sweep"
+        );
+        for node in (2..=4u8).rev() {
+            let name = format!("node-{node}");
+            let number = datapath
+                .set_hop(
+                    &name,
+                    family,
+                    &[cidr(family, node)],
+                    Some(hop(family, node)),
+                )
+                .unwrap();
+            assert_eq!(number, numbers[node as usize - 1]);
+            datapath
+                .set_ipcache(
+                    cidr(family, node),
+                    class::REMOTE_PODS,
+                    HopRef::Node(&name, family),
+                )
+                .unwrap();
+        }
+        assert_eq!(
+            datapath.ipcache().next_hop(cidr(family, 1)),
+            Some(numbers[0])
+        );
+        let pruned = datapath.prune().unwrap();
+        assert_eq!((pruned.prefixes, pruned.next_hops), (1, 1));
+        assert_eq!(datapath.ipcache().entries().len(), 3);
+        let row: NextHop = fs
+            .array("NEXT_HOPS")
+            .get(&(numbers[0] - FIRST_ROW), 0)
+            .unwrap();
+        assert_eq!((row.kind, row.generation), (kind::NONE, 2));
+    }
+}
+
+#[test]
+fn an_unknown_node_is_an_error_and_the_host_is_not() {
+    let fs = BpfFs::new();
+    let mut datapath = fs.open();
+    let prefix = cidr(Family::V4, 1);
+    let error = datapath
+        .set_ipcache(
+            prefix,
+            class::REMOTE_PODS,
+            HopRef::Node("nobody", Family::V4),
+        )
+        .unwrap_err();
+    assert!(error.to_string().contains("nobody"), "{error}");
+    datapath
+        .set_ipcache(prefix, class::THIS_NODE, HopRef::Host)
+        .unwrap();
+    assert_eq!(datapath.ipcache().entries()[&prefix].next_hop, HOST);
+}

@@ -1,0 +1,218 @@
+//! What the tests share: a private BPF file system, maps by pin, Services by description.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
+};
+
+use aya::{
+    Pod,
+    maps::{Array, HashMap, LpmTrie, Map, MapData},
+};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use weir_agent::{
+    datapath::{Datapath, DatapathOptions},
+    model::{
+        Backend, BackendAddress, BackendState, Frontend, FrontendKind, ServicePort, ServicePortKey,
+    },
+    objects::{Family, ObjectName, Protocol},
+};
+use weir_common::{
+    Ipv4, Ipv6,
+    service::{self, FrontendKey, ServiceState, SlotIndex},
+};
+
+/// A BPF file system that disappears with the test.
+pub struct BpfFs {
+    folder: tempfile::TempDir,
+}
+
+impl BpfFs {
+    pub fn new() -> Self {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "these tests load BPF programs: run them as root"
+        );
+        let folder = tempfile::Builder::new()
+            .prefix("weir-dp-")
+            .tempdir()
+            .unwrap();
+        mount(
+            Some("bpf"),
+            folder.path(),
+            Some("bpf"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .expect("mount a BPF file system");
+        Self { folder }
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.folder.path().join("weir")
+    }
+
+    /// Small tables, so that a test costs little memory.
+    pub fn options(&self) -> DatapathOptions {
+        DatapathOptions {
+            bpf_root: self.root(),
+            connections: 1024,
+            services_max: 1024,
+            backends_max: 4096,
+            ..DatapathOptions::default()
+        }
+    }
+
+    pub fn open(&self) -> Datapath {
+        Datapath::open(&self.options()).unwrap()
+    }
+
+    pub fn pin(&self, name: &str) -> PathBuf {
+        self.root().join("maps").join(name)
+    }
+
+    pub fn map(&self, name: &str) -> Map {
+        Map::from_map_data(MapData::from_pin(self.pin(name)).unwrap()).unwrap()
+    }
+
+    pub fn array<V: Pod>(&self, name: &str) -> Array<MapData, V> {
+        self.map(name).try_into().unwrap()
+    }
+
+    pub fn hash<K: Pod, V: Pod>(&self, name: &str) -> HashMap<MapData, K, V> {
+        self.map(name).try_into().unwrap()
+    }
+
+    pub fn trie<K: Pod, V: Pod>(&self, name: &str) -> LpmTrie<MapData, K, V> {
+        self.map(name).try_into().unwrap()
+    }
+
+    /// Number of the Service port that a frontend leads to in the kernel.
+    pub fn frontend(&self, family: Family, index: u32, port: u16) -> Option<u32> {
+        let port = weir_common::Port::new(port);
+        let (protocol, scope) = (weir_common::protocol::TCP, service::scope::INSIDE);
+        match cluster_ip(family, index) {
+            IpAddr::V4(v4) => {
+                let key = FrontendKey {
+                    address: Ipv4::from(v4),
+                    port,
+                    protocol,
+                    scope,
+                };
+                self.hash::<FrontendKey<Ipv4>, u32>("FRONTENDS_V4")
+                    .get(&key, 0)
+                    .ok()
+            }
+            IpAddr::V6(v6) => {
+                let key = FrontendKey {
+                    address: Ipv6::from(v6),
+                    port,
+                    protocol,
+                    scope,
+                };
+                self.hash::<FrontendKey<Ipv6>, u32>("FRONTENDS_V6")
+                    .get(&key, 0)
+                    .ok()
+            }
+        }
+    }
+
+    pub fn state(&self, number: u32) -> ServiceState {
+        self.array::<ServiceState>("SERVICE_STATE")
+            .get(&number, 0)
+            .unwrap()
+    }
+
+    pub fn backend(&self, number: u32) -> service::Backend {
+        self.array::<service::Backend>("BACKENDS")
+            .get(&number, 0)
+            .unwrap()
+    }
+
+    /// Slots of each backend, as a program would find them.
+    pub fn spread(&self, number: u32) -> BTreeMap<u32, u32> {
+        let word = self.state(number);
+        let outer: aya::maps::ArrayOfMaps<MapData, Array<MapData, u64>> =
+            self.map("SLOTS").try_into().unwrap();
+        let mut spread = BTreeMap::new();
+        if word.slots() == 0 {
+            return spread;
+        }
+        let chunk = outer
+            .get(&SlotIndex::new(word.first_slot()).chunk, 0)
+            .unwrap();
+        for slot in word.first_slot()..word.first_slot() + word.slots() {
+            let index = SlotIndex::new(slot);
+            let backend = (chunk.get(&index.element, 0).unwrap() >> index.shift) as u32;
+            *spread.entry(backend).or_default() += 1;
+        }
+        spread
+    }
+}
+
+impl Drop for BpfFs {
+    fn drop(&mut self) {
+        if let Err(error) = umount2(self.folder.path(), MntFlags::MNT_DETACH) {
+            eprintln!("cannot unmount {}: {error}", self.folder.path().display());
+        }
+    }
+}
+
+pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+pub fn cluster_ip(family: Family, index: u32) -> IpAddr {
+    match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::from_bits(0x0a60_0000 + index)),
+        Family::V6 => IpAddr::V6(Ipv6Addr::from_bits(0xfd96 << 112 | u128::from(index))),
+    }
+}
+
+pub fn pod_ip(family: Family, index: u32) -> IpAddr {
+    match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::from_bits(0x0a00_0000 + index)),
+        Family::V6 => IpAddr::V6(Ipv6Addr::from_bits(0xfd00 << 112 | u128::from(index))),
+    }
+}
+
+pub fn key(family: Family, index: u32) -> ServicePortKey {
+    ServicePortKey {
+        service: ObjectName::new("test", format!("service-{index}")),
+        port_name: "http".into(),
+        protocol: Protocol::Tcp,
+        family,
+        port: 80,
+    }
+}
+
+pub fn backend_address(family: Family, index: u32) -> BackendAddress {
+    BackendAddress {
+        address: pod_ip(family, index),
+        port: 8080,
+    }
+}
+
+/// A Service port with one frontend, port 80 of cluster address `index`.
+pub fn port(family: Family, index: u32, backends: impl IntoIterator<Item = u32>) -> ServicePort {
+    ServicePort {
+        frontends: BTreeSet::from([Frontend {
+            address: cluster_ip(family, index),
+            port: 80,
+            kind: FrontendKind::ClusterIp,
+        }]),
+        backends: backends
+            .into_iter()
+            .map(|i| (backend_address(family, i), backend(BackendState::Active)))
+            .collect(),
+        unused: BTreeMap::new(),
+    }
+}
+
+pub fn backend(state: BackendState) -> Backend {
+    Backend {
+        state,
+        node: String::new(),
+        zone: String::new(),
+        target: String::new(),
+    }
+}
