@@ -3,10 +3,12 @@
 use std::{
     future::Future,
     io::Write as _,
-    process::{Command, Stdio},
-    time::Duration,
+    net::IpAddr,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use nix::sched::{CloneFlags, unshare};
 use tokio::sync::mpsc;
 use weir_agent::netlink::NetlinkEvent;
@@ -86,4 +88,62 @@ impl Family4And6 {
             route: "2001:db8:2::/64",
         },
     ];
+}
+
+/// A network namespace besides the thread's, held by a process that ends with this.
+pub struct OtherNamespace(Child);
+
+impl OtherNamespace {
+    pub fn new() -> Self {
+        let child = Command::new("unshare")
+            .args(["--net", "sleep", "300"])
+            .spawn()
+            .unwrap();
+        let namespace = |path: String| std::fs::read_link(path).ok();
+        let ours = namespace("/proc/thread-self/ns/net".to_owned());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let other = Self(child);
+        while namespace(format!("/proc/{}/ns/net", other.pid())) == ours {
+            assert!(Instant::now() < deadline, "unshare --net did not");
+            std::thread::yield_now();
+        }
+        other
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for OtherNamespace {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// An address from its text.
+pub fn address(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// A prefix from its text.
+pub fn range(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+/// A node with one device on 192.0.2.0/24 and 2001:db8::/64 and a default route of each family.
+pub fn make_underlay() {
+    ip("link add eth0 type veth peer name fabric");
+    ip("link set fabric up");
+    ip("link set eth0 mtu 1400 up");
+    ip("addr add 192.0.2.1/24 dev eth0");
+    ip("addr add 2001:db8::1/64 dev eth0 nodad");
+    ip("route add default via 192.0.2.254");
+    ip("-6 route add default via 2001:db8::fe");
+}
+
+/// Interface index of a device of this thread's namespace.
+pub fn ifindex(name: &str) -> u32 {
+    nix::net::if_::if_nametoindex(name).unwrap()
 }
