@@ -61,10 +61,13 @@ fn main() -> ExitCode {
 /// Does what the environment says. Reads standard input into `input`.
 fn run(input: &mut String) -> Result<String, CniError> {
     let variable = |name: &str| std::env::var(name).ok();
+    // Without a command it is a person who calls, and standard input a terminal.
+    if variable("CNI_COMMAND").is_some() {
+        std::io::stdin()
+            .read_to_string(input)
+            .map_err(|cause| CniError::io("cannot read the network configuration", cause))?;
+    }
     let command = environment::command(variable)?;
-    std::io::stdin()
-        .read_to_string(input)
-        .map_err(|cause| CniError::io("cannot read the network configuration", cause))?;
     if command == Command::Version {
         return Ok(version::answer(
             Configuration::peek_version(input).as_deref(),

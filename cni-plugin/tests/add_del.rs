@@ -387,7 +387,9 @@ fn errors_speak_the_version_of_the_caller() {
         assert_eq!(outcome.error().0, code);
     }
     for command in ["CHECK", "GC", "STATUS", "", "Add"] {
-        let (code, message) = bed.call(command, "1.1.0", &[]).error();
+        let outcome = bed.call(command, "0.4.0", &[]);
+        assert_eq!(outcome.json()["cniVersion"], "0.4.0");
+        let (code, message) = outcome.error();
         assert_eq!(code, 4);
         assert!(message.contains("CNI_COMMAND"), "{message}");
     }
