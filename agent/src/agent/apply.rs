@@ -151,8 +151,7 @@ impl Agent {
 
     /// The row of `CONFIG`: the ranges of the allocator, those of older pods included.
     pub(super) fn apply_config(&mut self) -> anyhow::Result<()> {
-        let ranges = self.endpoints.ipam().ranges().map(|range| range.network);
-        self.config.pod_ranges = ranges.collect();
+        self.config.pod_ranges = self.endpoints.pod_ranges().collect();
         self.datapath.config_mut().apply(&self.config)?;
         Ok(())
     }

@@ -29,7 +29,7 @@ impl Agent {
         request: v1::AllocateRequest,
     ) -> Result<v1::AllocateResponse, Status> {
         // The first pods of a node may come before its Node object was worked off.
-        while self.endpoints.ipam().ranges().next().is_none() && self.rows.is_waiting() {
+        while self.endpoints.pod_ranges().next().is_none() && self.rows.is_waiting() {
             self.work().await;
         }
         let (endpoints, mut wiring) = self.endpoints_and_wiring();
@@ -88,7 +88,7 @@ impl Agent {
     pub(super) fn endpoints_changed(&mut self) {
         self.pod_names = None;
         // An old range may have lost its last pod.
-        let ranges = self.endpoints.ipam().ranges().map(|range| range.network);
+        let ranges = self.endpoints.pod_ranges();
         if !ranges.eq(self.config.pod_ranges.iter().copied()) {
             self.mark(Row::Config);
         }

@@ -132,10 +132,9 @@ impl Agent {
             .links()
             .await
             .context("cannot list the devices")?;
-        let (endpoints, mut wiring) = self.endpoints_and_wiring();
-        let report = endpoints
-            .restore(&links, &mut wiring, boot_seconds())
-            .await
+        let report = self
+            .endpoints
+            .restore(&links, boot_seconds())
             .context("cannot take over the endpoints of an earlier agent")?;
         for problem in &report.problems {
             tracing::warn!(
@@ -151,7 +150,7 @@ impl Agent {
                 link.name
             ));
         }
-        let ranges: Vec<IpNet> = self.endpoints.ipam().ranges().map(|r| r.network).collect();
+        let ranges: Vec<IpNet> = self.endpoints.pod_ranges().collect();
         if !ranges.is_empty() {
             self.config.pod_ranges = ranges;
         }
@@ -159,14 +158,19 @@ impl Agent {
             .config_mut()
             .apply(&self.config)
             .context("cannot write this node's configuration")?;
+        let (endpoints, mut wiring) = self.endpoints_and_wiring();
+        for error in endpoints.tick(&mut wiring, boot_seconds()).await {
+            // Tried again at every tick, and shown in the status meanwhile.
+            tracing::warn!(%error, "cannot take over an endpoint of an earlier agent");
+        }
         self.events_lost = self
             .datapath
             .counters()
             .outcome(outcome::EVENT_LOST)
             .map_or(0, |counter| counter.packets);
         tracing::info!(
-            endpoints = report.restored,
-            released = report.released,
+            endpoints = report.living,
+            vanished = report.vanished.len(),
             mode = self.datapath.attach_mode().name(),
             milliseconds = self.started.elapsed().as_millis(),
             "the data path is loaded"

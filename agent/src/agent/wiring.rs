@@ -1,6 +1,6 @@
 //! The kernel's side of an endpoint, out of the datapath and netlink.
 
-use std::{io, net::IpAddr};
+use std::{collections::BTreeSet, io, net::IpAddr};
 
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
@@ -69,19 +69,26 @@ impl Wiring for NodeWiring<'_> {
     }
 
     async fn remove(&mut self, endpoint: &EndpointSpec) -> Result<(), WiringError> {
-        let ifindex = endpoint.host_ifindex;
         let mut first_error: Option<WiringError> = None;
         let mut keep = |error: WiringError| {
             first_error.get_or_insert(error);
         };
-        if ifindex != 0 {
+        // The index in the table is the one that was attached to, even when the device is gone.
+        let attached = self.attached_ifindex(endpoint.number);
+        let indices: BTreeSet<u32> = [endpoint.host_ifindex, attached]
+            .into_iter()
+            .filter(|ifindex| *ifindex != 0)
+            .collect();
+        for &ifindex in &indices {
             for error in pod::remove(self.netlink, ifindex, &endpoint.addresses).await {
                 keep(error.into());
             }
+        }
+        if let Err(error) = self.datapath.remove_endpoint(endpoint.number) {
+            keep(error.into());
+        }
+        for &ifindex in &indices {
             self.late.pods.remove(&ifindex);
-            if let Err(error) = self.datapath.remove_endpoint(endpoint.number) {
-                keep(error.into());
-            }
             if let Err(error) = self.datapath.detach(ifindex) {
                 keep(error.into());
             }
@@ -107,6 +114,13 @@ impl NodeWiring<'_> {
             }
         }
         Ok(self.datapath.attach_endpoint(ifindex, name)?)
+    }
+
+    /// The device that the endpoint has in the kernel's table, 0 if it has none.
+    fn attached_ifindex(&self, number: u32) -> u32 {
+        let mut rows = self.datapath.endpoints().iter();
+        rows.find(|(row, _)| *row == number)
+            .map_or(0, |(_, row)| row.ifindex)
     }
 
     /// The endpoint's ranges must be configured before the endpoint is entered: they are not yet
