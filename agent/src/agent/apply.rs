@@ -54,7 +54,7 @@ impl Agent {
     pub(super) async fn work(&mut self) {
         let end = Instant::now() + SLICE;
         while Instant::now() < end {
-            let Some(row) = self.rows.next() else { break };
+            let Some(row) = self.rows.take() else { break };
             match self.apply(&row).await {
                 Ok(()) => self.rows.succeeded(&row),
                 Err(error) => self.failed(row, &error),
@@ -225,6 +225,7 @@ impl Agent {
         let attachments = self.datapath.sweep_attachments(&devices)?.len();
         let routes = pod::sweep(&self.netlink, &addresses).await?.len();
         self.swept = true;
+        give_memory_back();
         tracing::info!(
             services = pruned.services,
             prefixes = pruned.prefixes,
@@ -251,5 +252,14 @@ impl Agent {
         }
         self.late.waiting = false;
         Ok(())
+    }
+}
+
+/// Reading the tables and the first lists took memory that is not needed again.
+fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: has no preconditions.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }

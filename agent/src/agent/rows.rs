@@ -109,7 +109,7 @@ impl Rows {
     }
 
     /// The next row, in the order of phases.
-    pub fn next(&mut self) -> Option<Row> {
+    pub fn take(&mut self) -> Option<Row> {
         let (_, row) = self.waiting.pop_first()?;
         self.phases.remove(&row);
         Some(row)
@@ -187,7 +187,7 @@ mod tests {
         rows.mark(Row::Network, Phase::Look);
         rows.mark(Row::Network, Phase::Look);
         let mut order = Vec::new();
-        while let Some(row) = rows.next() {
+        while let Some(row) = rows.take() {
             order.push(row.to_string());
         }
         assert_eq!(
@@ -228,7 +228,7 @@ mod tests {
         rows.fail(hop("a"), "full".to_owned(), now);
         rows.mark(hop("a"), Phase::Hops);
         assert_eq!(rows.next_due(), None);
-        assert_eq!(rows.next(), Some(hop("a")));
+        assert_eq!(rows.take(), Some(hop("a")));
         assert!(rows.next_due().is_some());
     }
 }

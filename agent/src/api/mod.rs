@@ -116,10 +116,6 @@ pub async fn serve(
 }
 
 /// The mode of the socket keeps others out already; this also holds where someone changed it.
-#[expect(
-    clippy::result_large_err,
-    reason = "the signature is that of tonic's interceptors"
-)]
 fn only_root(request: Request<()>) -> Result<Request<()>, Status> {
     let uid = request
         .extensions()

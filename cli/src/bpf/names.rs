@@ -1,9 +1,7 @@
 //! Names for the numbers in the maps.
 
-use std::net::IpAddr;
-
 use weir_common::{
-    Ipv6, flow, ipcache, next_hop, protocol,
+    flow, ipcache, next_hop, protocol,
     service::{backend_state, scope as frontend_scope},
 };
 
@@ -83,18 +81,6 @@ pub fn tcp_flags(flags: u8) -> String {
         .collect()
 }
 
-/// An address in the shared form, whose family is not stored with it: IPv4 if only its first four
-/// bytes are used. (The IPv6 addresses that this takes for IPv4 are multicast of no scope or are
-/// not assigned: `xxxx:xxxx::`.)
-pub fn shared_address(address: Ipv6) -> IpAddr {
-    if address.0[4..].iter().all(|&byte| byte == 0) {
-        let v4 = address.as_v4();
-        IpAddr::V4(v4.into())
-    } else {
-        IpAddr::V6(address.into())
-    }
-}
-
 /// Name of a device of this network namespace, or its number.
 pub fn device(ifindex: u32) -> String {
     if ifindex == 0 {
@@ -122,13 +108,5 @@ mod tests {
         assert_eq!(protocol(6), "TCP");
         assert_eq!(protocol(89), "89");
         assert_eq!(flow_scope(9), "9");
-    }
-
-    #[test]
-    fn a_shared_address_is_told_by_its_bytes() {
-        for text in ["10.0.0.1", "fd00::1", "fe80::a:b"] {
-            let address: IpAddr = text.parse().unwrap();
-            assert_eq!(shared_address(Ipv6::from_ip(address)), address);
-        }
     }
 }
