@@ -89,7 +89,7 @@ pub fn deliver<F: Family>(
         }
     };
     if packet.wire_length(ctx) > mtu {
-        if packet.dont_fragment {
+        if packet.dont_fragment != 0 {
             return icmp::answer_too_big::<F>(ctx, hook, packet, mtu);
         }
         // The stack cuts it and routes the pieces the same way.

@@ -115,9 +115,8 @@ impl<A: Address + weir_common::checksum::Summed> Copied<A> {
             backend: e.backend,
             backend_generation: e.backend_generation,
         };
-        access::compiler_barrier();
         // SAFETY: by contract.
-        copy.tag = unsafe { (&raw const (*entry).tag).read_volatile() };
+        copy.tag = unsafe { access::read_last(&raw const (*entry).tag) };
         copy
     }
 }

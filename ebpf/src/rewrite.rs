@@ -14,12 +14,7 @@ use weir_common::{
     protocol,
 };
 
-use crate::{
-    access,
-    family::Family,
-    packet::{Fragment, Packet},
-    switches,
-};
+use crate::{access, family::Family, packet::Packet, switches};
 
 /// A translation of one direction of a flow.
 #[derive(Clone, Copy)]
@@ -69,7 +64,7 @@ impl<A: Address + Summed> Rewrite<A> {
         packet: &Packet<A>,
     ) -> Result<(), DropReason> {
         F::write_addresses(ctx, self.source, self.destination, self.address_difference)?;
-        if self.port_difference != 0 && !matches!(packet.fragment, Fragment::Later) {
+        if self.port_difference != 0 && !packet.is_later_fragment() {
             // SAFETY: plain bytes.
             let ports = unsafe { access::at::<[Port; 2]>(ctx, packet.l4_offset) }
                 .ok_or(DropReason::Malformed)?;
@@ -122,7 +117,7 @@ fn replace(ctx: &TcContext, offset: u32, difference: u32, flags: u64) -> Result<
 /// addresses and ports.
 #[inline(always)]
 fn checksum_of<A: Address>(packet: &Packet<A>) -> Option<(u32, u64)> {
-    if matches!(packet.fragment, Fragment::Later) {
+    if packet.is_later_fragment() {
         return None;
     }
     match packet.key.protocol {

@@ -62,8 +62,12 @@ pub trait Family: Sized {
     /// Unspecified, or valid on one link only.
     fn is_link_local(address: Self::Address) -> bool;
 
-    /// Reads the headers into a [`Packet`] whose key has `scope`.
-    fn parse(ctx: &TcContext, scope: u8) -> Result<Packet<Self::Address>, DropReason>;
+    /// Reads the headers into `packet`, whose key gets `scope`.
+    fn parse(
+        ctx: &TcContext,
+        scope: u8,
+        packet: &mut Packet<Self::Address>,
+    ) -> Result<(), DropReason>;
 
     /// Writes new addresses into the network header, with the checksum where it has one.
     fn write_addresses(

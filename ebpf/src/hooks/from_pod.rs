@@ -24,19 +24,21 @@ pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
     let sender = local::of_device(ctx, HOST_MAC_PREFIX, frame.destination)?;
     match frame.kind {
         Kind::V4 => {
-            let packet = V4::parse(ctx, scope::POD)?;
+            let packet = scratch::packet::<V4>()?;
+            V4::parse(ctx, scope::POD, packet)?;
             if packet.key.source != sender.row.ipv4 || V4::is_link_local(packet.key.source) {
-                return unusual_source::<V4>(&packet);
+                return unusual_source::<V4>(packet);
             }
             forward::<V4>(ctx, sender, packet)
         }
         Kind::V6 => {
-            let packet = V6::parse(ctx, scope::POD)?;
-            if let Some(answer) = neighbour::solicitation(ctx, local::config()?, sender, &packet)? {
+            let packet = scratch::packet::<V6>()?;
+            V6::parse(ctx, scope::POD, packet)?;
+            if let Some(answer) = neighbour::solicitation(ctx, local::config()?, sender, packet)? {
                 return Ok(answer);
             }
             if packet.key.source != sender.row.ipv6 || V6::is_link_local(packet.key.source) {
-                return unusual_source::<V6>(&packet);
+                return unusual_source::<V6>(packet);
             }
             forward::<V6>(ctx, sender, packet)
         }
@@ -63,27 +65,27 @@ fn unusual_source<F: Family>(packet: &Packet<F::Address>) -> Result<Verdict, Dro
 fn forward<F: Family>(
     ctx: &TcContext,
     sender: Local,
-    mut packet: Packet<F::Address>,
+    packet: &mut Packet<F::Address>,
 ) -> Result<Verdict, DropReason> {
     if F::is_multicast(packet.key.destination) {
         return Ok(Verdict::STACK);
     }
-    let ports_known = fragment::resolve_ports::<F>(&mut packet);
+    let ports_known = fragment::resolve_ports::<F>(packet);
     let has_flows = ports_known && local::has_flows(sender.number);
     let found = if has_flows {
-        flow::find::<F>(ctx, Hook::FromPod, &packet, Some(sender))
+        flow::find::<F>(ctx, Hook::FromPod, packet, Some(sender))
     } else {
         None
     };
     let (hop, rewrite) = match found {
         Some(found) => (found.hop, found.rewrite),
-        None if has_flows && icmp::is_error(&packet) => {
-            return error_of_pod::<F>(ctx, sender, &packet);
+        None if has_flows && icmp::is_error(packet) => {
+            return error_of_pod::<F>(ctx, sender, packet);
         }
         None => {
-            decide::from_pod::<F>(&packet, sender.number, ports_known)?;
+            decide::from_pod::<F>(packet, sender.number, ports_known)?;
             if scratch::decision::<F>()?.decision.stateful != 0 {
-                flow::commit::<F>(ctx, Hook::FromPod, &packet, sender.number)?;
+                flow::commit::<F>(ctx, Hook::FromPod, packet, sender.number)?;
             }
             let work = scratch::decision::<F>()?;
             (
@@ -92,7 +94,7 @@ fn forward<F: Family>(
             )
         }
     };
-    deliver::deliver::<F>(ctx, Hook::FromPod, &packet, hop, Some(&rewrite))
+    deliver::deliver::<F>(ctx, Hook::FromPod, packet, hop, Some(&rewrite))
 }
 
 /// An ICMP error that a pod sends, perhaps about a packet it got through a Service.
