@@ -107,6 +107,7 @@ impl ClusterBuilder {
     ///
     /// When anything of that fails.
     pub fn wire(self) -> Result<Cluster> {
+        reaper::remove_on_signal();
         reaper::remove_dead();
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let id = format!("{}-{number}", std::process::id());

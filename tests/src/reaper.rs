@@ -8,7 +8,14 @@ use std::{
     fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::{
+        Once,
+        atomic::{AtomicI32, Ordering},
+    },
+    time::Duration,
 };
+
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 use crate::{netns, process};
 
@@ -65,6 +72,39 @@ pub fn remove(id: &str) {
     // Neither need exist.
     let _ = fs::remove_dir_all(bpf_directory(id));
     let _ = fs::remove_dir_all(state_directory(id));
+}
+
+/// From now on SIGINT and SIGTERM remove this process's clusters before they end it.
+pub fn remove_on_signal() {
+    static SIGNAL: AtomicI32 = AtomicI32::new(0);
+    static ONCE: Once = Once::new();
+    extern "C" fn note(signal: i32) {
+        SIGNAL.store(signal, Ordering::Relaxed);
+    }
+    ONCE.call_once(|| {
+        let action = SigAction::new(
+            SigHandler::Handler(note),
+            SaFlags::SA_RESTART,
+            SigSet::empty(),
+        );
+        for signal in [Signal::SIGINT, Signal::SIGTERM] {
+            // SAFETY: the handler stores to an atomic, nothing else.
+            if let Err(error) = unsafe { sigaction(signal, &action) } {
+                eprintln!("{signal} will leave clusters behind: {error}");
+            }
+        }
+        std::thread::spawn(|| {
+            loop {
+                match SIGNAL.load(Ordering::Relaxed) {
+                    0 => std::thread::sleep(Duration::from_millis(50)),
+                    signal => {
+                        remove_own();
+                        std::process::exit(128 + signal);
+                    }
+                }
+            }
+        });
+    });
 }
 
 /// Removes what belongs to clusters whose process is gone.
