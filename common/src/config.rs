@@ -47,15 +47,17 @@ pub struct Config {
     pub connections: u32,
     /// Idle times of connections, seconds.
     pub timeouts: Timeouts,
-    /// Zero.
-    pub reserved: u32,
+    /// Address of this node from which ICMP errors are sent to the outside, IPv4; zero if it has none.
+    pub node_v4: Ipv4,
+    /// The same for IPv6.
+    pub node_v6: Ipv6,
     /// Pod ranges, IPv4.
     pub pod_ranges_v4: [PodRange<Ipv4>; limits::POD_RANGES_MAX],
     /// Pod ranges, IPv6.
     pub pod_ranges_v6: [PodRange<Ipv6>; limits::POD_RANGES_MAX],
 }
 
-assert_abi_size!(Config = 304);
+assert_abi_size!(Config = 320);
 map_types!(Config);
 
 /// Bits of [`Config::flags`].

@@ -1,2 +1,98 @@
-//! placeholder
+//! Weir's kernel programs. A file per hook in `hooks/`, a module per feature beside it.
+//!
+//! Helpers return `Result<_, DropReason>`; only [`verdict::conclude`], called by the entry
+//! functions below, turns that into an action, counts it and reports it. Nothing here is compiled
+//! for another target than BPF: what can be tested on the host is in `weir-common`.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
+#![cfg_attr(
+    target_arch = "bpf",
+    allow(internal_features, reason = "read-modify-write atomics have no stable door on BPF")
+)]
+
+#[cfg(not(target_arch = "bpf"))]
 fn main() {}
+
+#[cfg(target_arch = "bpf")]
+mod access;
+#[cfg(target_arch = "bpf")]
+mod decide;
+#[cfg(target_arch = "bpf")]
+mod deliver;
+#[cfg(target_arch = "bpf")]
+mod event;
+#[cfg(target_arch = "bpf")]
+mod family;
+#[cfg(target_arch = "bpf")]
+mod flow;
+#[cfg(target_arch = "bpf")]
+mod fragment;
+#[cfg(target_arch = "bpf")]
+mod hooks;
+#[cfg(target_arch = "bpf")]
+mod icmp;
+#[cfg(target_arch = "bpf")]
+mod local;
+#[cfg(target_arch = "bpf")]
+mod maps;
+#[cfg(target_arch = "bpf")]
+mod neighbour;
+#[cfg(target_arch = "bpf")]
+mod packet;
+#[cfg(target_arch = "bpf")]
+mod policy;
+#[cfg(target_arch = "bpf")]
+mod rewrite;
+#[cfg(target_arch = "bpf")]
+mod ring;
+#[cfg(target_arch = "bpf")]
+mod service;
+#[cfg(target_arch = "bpf")]
+mod switches;
+#[cfg(target_arch = "bpf")]
+mod verdict;
+
+#[cfg(target_arch = "bpf")]
+mod entry {
+    use aya_ebpf::{macros::classifier, programs::TcContext};
+    use weir_common::metrics::Hook;
+
+    use crate::{hooks, verdict};
+
+    /// tcx ingress on the host side of a pod's veth: all that leaves a pod.
+    #[classifier]
+    pub fn from_pod(ctx: TcContext) -> i32 {
+        verdict::conclude(&ctx, Hook::FromPod, hooks::from_pod::run(&ctx))
+    }
+
+    /// tcx egress on the host side of a pod's veth: what the host's stack sends to a pod.
+    #[classifier]
+    pub fn to_pod(ctx: TcContext) -> i32 {
+        verdict::conclude(&ctx, Hook::ToPod, hooks::to_pod::run(&ctx))
+    }
+
+    /// tcx ingress on the node's devices: all that enters the node.
+    #[classifier]
+    pub fn from_netdev(ctx: TcContext) -> i32 {
+        verdict::conclude(&ctx, Hook::FromNetdev, hooks::from_netdev::run(&ctx))
+    }
+
+    /// tcx egress on the node's devices: all that leaves the node.
+    #[classifier]
+    pub fn to_netdev(ctx: TcContext) -> i32 {
+        verdict::conclude(&ctx, Hook::ToNetdev, hooks::to_netdev::run(&ctx))
+    }
+}
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // No code path panics; were one left, the verifier would refuse the endless loop.
+    loop {}
+}
+
+/// The licence that the kernel checks before it lets a program call GPL-only helpers.
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

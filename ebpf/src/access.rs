@@ -1,0 +1,59 @@
+//! The one door to packet bytes.
+
+use aya_ebpf::programs::TcContext;
+
+/// Bytes of an Ethernet header.
+pub const ETHERNET: u32 = 14;
+
+/// Offsets into the packet that the verifier must be able to bound: headers are followed up to
+/// here only.
+pub const OFFSET_MASK: u32 = 0x3ff;
+
+/// A pointer to a `T` at `offset` bytes from the start of the packet, or `None` if the readable
+/// part ends before its end.
+///
+/// `offset` is cut to [`OFFSET_MASK`] so that the verifier sees its bound wherever it was kept.
+///
+/// # Safety
+///
+/// `T` must be valid for every bit pattern. The pointer is valid until the next helper call that
+/// changes the packet (`bpf_l4_csum_replace`, `bpf_skb_pull_data`, `bpf_skb_change_tail` …); the
+/// verifier refuses a use after that. It may be unaligned: BPF on every supported architecture
+/// that has `HAVE_EFFICIENT_UNALIGNED_ACCESS` allows it, and a read through `read_unaligned` would become
+/// single bytes.
+#[inline(always)]
+pub unsafe fn at<T>(ctx: &TcContext, offset: u32) -> Option<*mut T> {
+    let start = ctx.data() + (offset & OFFSET_MASK) as usize;
+    if start + size_of::<T>() > ctx.data_end() { None } else { Some(start as *mut T) }
+}
+
+/// Makes the first `length` bytes readable in place. No-op where they are.
+///
+/// Returns whether they are (a packet shorter than `length` is readable to its end).
+#[inline(always)]
+pub fn make_readable(ctx: &TcContext, length: u32) -> bool {
+    let readable = (ctx.data_end() - ctx.data()) as u32;
+    let wanted = if ctx.len() < length { ctx.len() } else { length };
+    readable >= wanted || ctx.pull_data(wanted).is_ok()
+}
+
+/// Interface index of the device that the program runs on.
+#[inline(always)]
+pub fn ifindex(ctx: &TcContext) -> u32 {
+    // SAFETY: the context is valid for the whole run of the program.
+    unsafe { (*ctx.skb.skb).ifindex }
+}
+
+/// Bytes of payload in one segment of an offloaded packet, 0 for an ordinary one.
+#[inline(always)]
+pub fn gso_size(ctx: &TcContext) -> u32 {
+    // SAFETY: as above.
+    unsafe { (*ctx.skb.skb).gso_size }
+}
+
+/// The packet mark.
+#[inline(always)]
+pub fn mark(ctx: &TcContext) -> u32 {
+    // SAFETY: as above.
+    unsafe { (*ctx.skb.skb).mark }
+}

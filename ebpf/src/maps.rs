@@ -1,0 +1,122 @@
+//! Every map, and the counters of their lookups. Layouts are in `weir-common`; sizes given here
+//! are the defaults that the agent overrides when it loads the object.
+
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
+    macros::btf_map,
+};
+use weir_common::{
+    Ipv4, Ipv6,
+    config::Config,
+    endpoint::Endpoint,
+    event::Event,
+    flow::{FlowEntry, FlowKey},
+    ipcache::IpcacheEntry,
+    limits,
+    lookup::{self, Lookup},
+    metrics::{self, Counter, FlowRingState, FragmentKey, FragmentPorts},
+    next_hop::NextHop,
+    service::{Backend, ELEMENTS_PER_CHUNK, FrontendKey, ServiceState},
+};
+
+use crate::switches;
+
+const FLOWS: usize = 2 * limits::CONNECTIONS_DEFAULT as usize;
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+
+/// Entries of one family, two for each connection.
+pub type Flows<A> = HashMap<FlowKey<A>, FlowEntry<A>, FLOWS>;
+/// Keys of the forward entries of one family, in the order the connections began.
+pub type FlowRing<A> = Array<FlowKey<A>, { limits::CONNECTIONS_DEFAULT as usize }>;
+/// Ports of datagrams whose fragments are under way.
+pub type Fragments<A> =
+    LruHashMap<FragmentKey<A>, FragmentPorts, { limits::FRAGMENTS_DEFAULT as usize }>;
+/// Address and port of a Service → number of the Service port.
+pub type Frontends<A> =
+    HashMap<FrontendKey<A>, u32, { limits::FRONTENDS_DEFAULT as usize }, ON_DEMAND>;
+/// What an address is, by longest prefix.
+pub type Ipcache<A> = LpmTrie<A, IpcacheEntry, { limits::IPCACHE_DEFAULT as usize }>;
+/// Address of a local pod, as offset in the pod ranges → endpoint number.
+pub type LocalAddresses = Array<u32, { limits::LOCAL_ADDRESSES_MAX as usize }>;
+/// One chunk of slots.
+pub type SlotChunk = Array<u64, { ELEMENTS_PER_CHUNK as usize }, MMAPABLE>;
+
+#[btf_map]
+pub static CONFIG: Array<Config, 1> = Array::new();
+
+#[btf_map]
+pub static ENDPOINTS: Array<Endpoint, { limits::ENDPOINTS_MAX as usize }> = Array::new();
+/// 1 once the endpoint has an entry in the flow table. Set here, cleared by the agent when the
+/// number is given to another pod.
+#[btf_map]
+pub static ENDPOINT_FLOWS: Array<u32, { limits::ENDPOINTS_MAX as usize }> = Array::new();
+#[btf_map]
+pub static ENDPOINT_BY_IFINDEX: HashMap<u32, u32, { limits::ENDPOINTS_MAX as usize }> =
+    HashMap::new();
+#[btf_map]
+pub static LOCAL_ADDRESSES_V4: LocalAddresses = Array::new();
+#[btf_map]
+pub static LOCAL_ADDRESSES_V6: LocalAddresses = Array::new();
+
+#[btf_map]
+pub static NEXT_HOPS: Array<NextHop, { limits::NEXT_HOPS_MAX as usize }> = Array::new();
+#[btf_map]
+pub static IPCACHE_V4: Ipcache<Ipv4> = LpmTrie::new();
+#[btf_map]
+pub static IPCACHE_V6: Ipcache<Ipv6> = LpmTrie::new();
+
+#[btf_map]
+pub static FLOWS_V4: Flows<Ipv4> = HashMap::new();
+#[btf_map]
+pub static FLOWS_V6: Flows<Ipv6> = HashMap::new();
+#[btf_map]
+pub static FLOW_RING_V4: FlowRing<Ipv4> = Array::new();
+#[btf_map]
+pub static FLOW_RING_V6: FlowRing<Ipv6> = Array::new();
+#[btf_map]
+pub static FLOW_RING_STATE: Array<FlowRingState, 2> = Array::new();
+#[btf_map]
+pub static FRAGMENTS_V4: Fragments<Ipv4> = LruHashMap::new();
+#[btf_map]
+pub static FRAGMENTS_V6: Fragments<Ipv6> = LruHashMap::new();
+
+#[btf_map]
+pub static FRONTENDS_V4: Frontends<Ipv4> = HashMap::new();
+#[btf_map]
+pub static FRONTENDS_V6: Frontends<Ipv6> = HashMap::new();
+#[btf_map]
+pub static SERVICE_STATE: Array<
+    ServiceState,
+    { limits::SERVICE_PORTS_DEFAULT as usize },
+    MMAPABLE,
+> = Array::new();
+#[btf_map]
+pub static SLOTS: ArrayOfMaps<SlotChunk, { limits::SLOT_CHUNKS_MAX as usize }> = ArrayOfMaps::new();
+#[btf_map]
+pub static BACKENDS: Array<Backend, { limits::BACKENDS_DEFAULT as usize }, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub static METRICS: PerCpuArray<Counter, { metrics::ROWS as usize }> = PerCpuArray::new();
+#[btf_map]
+pub static LOOKUPS: PerCpuArray<u64, { lookup::COUNT as usize }> = PerCpuArray::new();
+#[btf_map]
+pub static EVENTS: RingBuf<Event, { limits::EVENTS_BYTES as usize }> = RingBuf::new();
+
+/// Room for what is too large for the stack of 512 bytes. Not pinned, never read by the agent.
+#[repr(C, align(8))]
+pub struct Scratch(pub [u64; 64]);
+#[btf_map]
+pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+/// Counts a lookup, if that is switched on.
+#[inline(always)]
+pub fn count_lookup(kind: Lookup) {
+    if switches::count_lookups()
+        && let Some(count) = LOOKUPS.get_ptr_mut(kind as u32)
+    {
+        // SAFETY: an element of a per-CPU array, written by this processor only.
+        unsafe { *count += 1 };
+    }
+}
