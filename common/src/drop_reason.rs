@@ -55,6 +55,9 @@ pub enum DropReason {
     Neighbour = 152,
 }
 
+const FIRST: DropReason = DropReason::InvalidSource;
+const LAST: DropReason = DropReason::Neighbour;
+
 /// Every reason, in the order of their numbers.
 pub const ALL: &[DropReason] = &[
     DropReason::Unknown,
@@ -156,6 +159,21 @@ impl DropReason {
         }
     }
 
+    /// The reason with a number that a function of the kernel programs gave as `reason as u32`.
+    /// Loops are dear there, so the number is taken at its word; others become
+    /// [`DropReason::Unknown`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_kernel(number: u32) -> Self {
+        if number >= FIRST as u32 && number <= LAST as u32 {
+            // SAFETY: the numbers from the first to the last reason are all taken, as a test
+            // asserts.
+            unsafe { core::mem::transmute::<u8, Self>(number as u8) }
+        } else {
+            Self::Unknown
+        }
+    }
+
     /// The reason with this number; [`DropReason::Unknown`] for a number of another version.
     #[must_use]
     pub fn from_number(number: u8) -> Self {
@@ -169,6 +187,16 @@ impl DropReason {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_numbers_that_the_kernel_gives_have_no_gap() {
+        for number in FIRST as u8..=LAST as u8 {
+            assert!(ALL.iter().any(|r| *r as u8 == number), "{number}");
+            assert_eq!(DropReason::of_kernel(number.into()) as u8, number);
+        }
+        assert_eq!(DropReason::of_kernel(3), DropReason::Unknown);
+        assert_eq!(DropReason::of_kernel(0x1_0082), DropReason::Unknown);
+    }
 
     #[test]
     fn numbers_and_names_are_unique_and_round_trip() {

@@ -24,7 +24,11 @@ pub const OFFSET_MASK: u32 = 0x3ff;
 #[inline(always)]
 pub unsafe fn at<T>(ctx: &TcContext, offset: u32) -> Option<*mut T> {
     let start = ctx.data() + (offset & OFFSET_MASK) as usize;
-    if start + size_of::<T>() > ctx.data_end() { None } else { Some(start as *mut T) }
+    if start + size_of::<T>() > ctx.data_end() {
+        None
+    } else {
+        Some(start as *mut T)
+    }
 }
 
 /// Makes the first `length` bytes readable in place. No-op where they are.
@@ -33,7 +37,11 @@ pub unsafe fn at<T>(ctx: &TcContext, offset: u32) -> Option<*mut T> {
 #[inline(always)]
 pub fn make_readable(ctx: &TcContext, length: u32) -> bool {
     let readable = (ctx.data_end() - ctx.data()) as u32;
-    let wanted = if ctx.len() < length { ctx.len() } else { length };
+    let wanted = if ctx.len() < length {
+        ctx.len()
+    } else {
+        length
+    };
     readable >= wanted || ctx.pull_data(wanted).is_ok()
 }
 
@@ -56,4 +64,12 @@ pub fn gso_size(ctx: &TcContext) -> u32 {
 pub fn mark(ctx: &TcContext) -> u32 {
     // SAFETY: as above.
     unsafe { (*ctx.skb.skb).mark }
+}
+
+/// Keeps the compiler from moving reads and writes of memory across this point. (LLVM's BPF back
+/// end has no fence.)
+#[inline(always)]
+pub fn compiler_barrier() {
+    // SAFETY: no instruction at all.
+    unsafe { core::arch::asm!("", options(nostack, preserves_flags)) };
 }

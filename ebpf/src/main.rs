@@ -4,10 +4,13 @@
 //! functions below, turns that into an action, counts it and reports it. Nothing here is compiled
 //! for another target than BPF: what can be tested on the host is in `weir-common`.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
-#![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch, core_intrinsics))]
 #![cfg_attr(
     target_arch = "bpf",
-    allow(internal_features, reason = "read-modify-write atomics have no stable door on BPF")
+    allow(
+        internal_features,
+        reason = "read-modify-write atomics have no stable door on BPF"
+    )
 )]
 
 #[cfg(not(target_arch = "bpf"))]
@@ -45,6 +48,8 @@ mod policy;
 mod rewrite;
 #[cfg(target_arch = "bpf")]
 mod ring;
+#[cfg(target_arch = "bpf")]
+mod scratch;
 #[cfg(target_arch = "bpf")]
 mod service;
 #[cfg(target_arch = "bpf")]

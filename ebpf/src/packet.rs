@@ -80,7 +80,11 @@ impl<A: Address> Packet<A> {
         if segment == 0 {
             return ctx.len() - ETHERNET;
         }
-        let l4_header = if self.key.protocol == protocol::TCP { self.tcp_header as u32 } else { 8 };
+        let l4_header = if self.key.protocol == protocol::TCP {
+            self.tcp_header as u32
+        } else {
+            8
+        };
         (self.l4_offset - ETHERNET) + l4_header + segment
     }
 
@@ -108,8 +112,8 @@ impl<A: Address> Packet<A> {
     #[inline(always)]
     fn read_ports(&mut self, ctx: &TcContext) -> Result<(), DropReason> {
         // SAFETY: plain bytes.
-        let ports = unsafe { access::at::<[Port; 2]>(ctx, self.l4_offset) }
-            .ok_or(DropReason::Malformed)?;
+        let ports =
+            unsafe { access::at::<[Port; 2]>(ctx, self.l4_offset) }.ok_or(DropReason::Malformed)?;
         // SAFETY: checked by `at`.
         let [source, destination] = unsafe { *ports };
         self.key.source_port = source;
@@ -120,8 +124,8 @@ impl<A: Address> Packet<A> {
     #[inline(always)]
     fn read_tcp(&mut self, ctx: &TcContext, l4_length: u32) -> Result<(), DropReason> {
         // SAFETY: plain bytes.
-        let header = unsafe { access::at::<TcpHeader>(ctx, self.l4_offset) }
-            .ok_or(DropReason::Malformed)?;
+        let header =
+            unsafe { access::at::<TcpHeader>(ctx, self.l4_offset) }.ok_or(DropReason::Malformed)?;
         // SAFETY: checked by `at`.
         let header = unsafe { &*header };
         let length = (header.offset >> 4) * 4;
@@ -138,8 +142,8 @@ impl<A: Address> Packet<A> {
     #[inline(always)]
     fn read_udp(&mut self, ctx: &TcContext, l4_length: u32) -> Result<(), DropReason> {
         // SAFETY: plain bytes.
-        let header = unsafe { access::at::<UdpHeader>(ctx, self.l4_offset) }
-            .ok_or(DropReason::Malformed)?;
+        let header =
+            unsafe { access::at::<UdpHeader>(ctx, self.l4_offset) }.ok_or(DropReason::Malformed)?;
         // SAFETY: checked by `at`.
         let header = unsafe { &*header };
         let length = u16::from_be(header.length) as u32;

@@ -1,0 +1,165 @@
+//! The last step: a packet whose next hop is known is measured, rewritten and sent there.
+
+use aya_ebpf::{
+    bindings::{bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
+    helpers::{bpf_redirect_neigh, bpf_redirect_peer},
+    programs::TcContext,
+};
+use weir_common::{
+    DropReason, MacAddress,
+    endpoint::Endpoint,
+    mark,
+    metrics::Hook,
+    next_hop::{self, NextHop},
+};
+
+use crate::{
+    access, family::Family, icmp, local, maps, packet::Packet, rewrite::Rewrite, switches,
+    verdict::Verdict,
+};
+
+/// A next hop, looked up.
+#[derive(Clone, Copy)]
+pub enum Hop {
+    /// A pod of this node.
+    Endpoint(&'static Endpoint),
+    /// A neighbour on a device.
+    Neighbour(&'static NextHop),
+    /// The node's own stack.
+    Stack,
+}
+
+impl Hop {
+    /// Looks up a next hop by its number.
+    #[inline(always)]
+    pub fn find(number: u32) -> Result<Self, DropReason> {
+        if next_hop::is_endpoint(number) {
+            let local = local::by_number(number).ok_or(DropReason::StaleEndpoint)?;
+            return Ok(Self::Endpoint(local.row));
+        }
+        if number == next_hop::HOST {
+            return Ok(Self::Stack);
+        }
+        let row = maps::NEXT_HOPS
+            .get(number.wrapping_sub(next_hop::FIRST_ROW))
+            .ok_or(DropReason::NoNextHop)?;
+        match row.kind {
+            next_hop::kind::NEIGHBOUR => Ok(Self::Neighbour(row)),
+            next_hop::kind::HOST => Ok(Self::Stack),
+            _ => Err(DropReason::NoNextHop),
+        }
+    }
+
+    /// Generation of the row, by which a flow recognises that it means another now.
+    #[inline(always)]
+    pub fn generation(&self) -> u32 {
+        match self {
+            Self::Endpoint(row) => row.generation,
+            Self::Neighbour(row) => row.generation,
+            Self::Stack => 0,
+        }
+    }
+
+    /// Policy set that judges what goes there.
+    #[inline(always)]
+    pub fn ingress_set(&self) -> u32 {
+        match self {
+            Self::Endpoint(row) => row.ingress_set,
+            _ => 0,
+        }
+    }
+}
+
+/// Sends the packet to `hop`, translated by `rewrite` if there is one.
+#[inline(always)]
+pub fn deliver<F: Family>(
+    ctx: &TcContext,
+    hook: Hook,
+    packet: &Packet<F::Address>,
+    hop: Hop,
+    rewrite: Option<&Rewrite<F::Address>>,
+) -> Result<Verdict, DropReason> {
+    let rewrite = rewrite.filter(|r| r.is_needed());
+    let mtu = match hop {
+        Hop::Endpoint(row) => row.mtu,
+        Hop::Neighbour(row) => u32::from(row.mtu),
+        Hop::Stack => {
+            translate::<F>(ctx, packet, rewrite)?;
+            return Ok(Verdict::STACK);
+        }
+    };
+    if packet.wire_length(ctx) > mtu {
+        if packet.dont_fragment {
+            return icmp::answer_too_big::<F>(ctx, hook, packet, mtu);
+        }
+        // The stack cuts it and routes the pieces the same way.
+        translate::<F>(ctx, packet, rewrite)?;
+        return Ok(Verdict::STACK);
+    }
+    if packet.ttl <= 1 {
+        return icmp::answer_time_exceeded::<F>(ctx, hook, packet);
+    }
+    if let Some(rewrite) = rewrite {
+        rewrite.write::<F>(ctx, packet)?;
+    }
+    F::decrement_ttl(ctx)?;
+    if let Hop::Endpoint(row) = hop {
+        write_macs(ctx, row)?;
+    }
+    if let Some(rewrite) = rewrite {
+        rewrite.fix_checksum::<F>(ctx, packet)?;
+    }
+    Ok(match hop {
+        // SAFETY: no preconditions; a device that is gone makes the helper drop the packet.
+        Hop::Endpoint(row) => Verdict::local(unsafe { bpf_redirect_peer(row.ifindex, 0) } as i32),
+        Hop::Neighbour(row) => {
+            ctx.set_mark(access::mark(ctx) | mark::DONE << switches::mark_shift());
+            Verdict::remote(redirect_to_neighbour(row))
+        }
+        Hop::Stack => Verdict::STACK,
+    })
+}
+
+/// Translates the packet in place.
+#[inline(always)]
+pub fn translate<F: Family>(
+    ctx: &TcContext,
+    packet: &Packet<F::Address>,
+    rewrite: Option<&Rewrite<F::Address>>,
+) -> Result<(), DropReason> {
+    if let Some(rewrite) = rewrite {
+        rewrite.write::<F>(ctx, packet)?;
+        rewrite.fix_checksum::<F>(ctx, packet)?;
+    }
+    Ok(())
+}
+
+/// Gives the frame the addresses that the host would have given it: packet sockets in the pod and
+/// guests of virtual machines look at them.
+#[inline(always)]
+fn write_macs(ctx: &TcContext, row: &Endpoint) -> Result<(), DropReason> {
+    // SAFETY: plain bytes.
+    let macs = unsafe { access::at::<[MacAddress; 2]>(ctx, 0) }.ok_or(DropReason::Malformed)?;
+    // SAFETY: checked by `at`; nobody else holds a reference into the packet.
+    unsafe { *macs = [row.pod_mac, row.host_mac] };
+    Ok(())
+}
+
+#[inline(always)]
+fn redirect_to_neighbour(row: &NextHop) -> i32 {
+    const AF_INET: u32 = 2;
+    const AF_INET6: u32 = 10;
+    let mut parameters = bpf_redir_neigh {
+        nh_family: if row.gateway_family == 4 {
+            AF_INET
+        } else {
+            AF_INET6
+        },
+        __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 {
+            ipv6_nh: row.gateway.words(),
+        },
+    };
+    let size = size_of::<bpf_redir_neigh>() as i32;
+    // SAFETY: the parameters are initialised and of the size given.
+    unsafe { bpf_redirect_neigh(row.ifindex, &mut parameters, size, 0) as i32 }
+}

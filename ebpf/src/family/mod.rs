@@ -1,0 +1,81 @@
+//! IPv4 and IPv6: one generic implementation of everything, with the differences of the two
+//! network headers and the two sets of maps behind one trait.
+
+mod v4;
+mod v6;
+
+use aya_ebpf::programs::TcContext;
+use weir_common::{
+    DropReason, address::Address, checksum::Summed, config::Config, endpoint::Endpoint,
+    ipcache::IpcacheEntry,
+};
+
+pub use self::{v4::V4, v6::V6};
+use crate::{
+    maps::{FlowRing, Flows, Fragments, Frontends, LocalAddresses},
+    packet::Packet,
+};
+
+/// What an address is that looks like one of a pod of this node.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub enum InPodRange {
+    /// Not in a pod range of this node.
+    No,
+    /// In a pod range, at this row of `LOCAL_ADDRESSES_*`.
+    Row(u32),
+}
+
+/// One address family.
+pub trait Family: Sized {
+    /// Its address.
+    type Address: Address + Summed + 'static;
+
+    /// 4 or 6.
+    const NUMBER: u8;
+    /// Row of `FLOW_RING_STATE`.
+    const RING_STATE: u32;
+
+    /// Its flow table.
+    fn flows() -> &'static Flows<Self::Address>;
+    /// Its flow ring.
+    fn ring() -> &'static FlowRing<Self::Address>;
+    /// Its fragment table.
+    fn fragments() -> &'static Fragments<Self::Address>;
+    /// Its frontends.
+    fn frontends() -> &'static Frontends<Self::Address>;
+    /// Numbers of the local pods by offset of their address.
+    fn local_addresses() -> &'static LocalAddresses;
+    /// What an address is, by longest prefix.
+    fn ipcache(address: Self::Address) -> Option<&'static IpcacheEntry>;
+
+    /// Address of an endpoint; zero if it has none of this family.
+    fn endpoint_address(endpoint: &Endpoint) -> Self::Address;
+    /// Source address of hairpin traffic.
+    fn loopback(config: &Config) -> Self::Address;
+    /// Where an address stands in the pod ranges of this node.
+    fn in_pod_range(config: &Config, address: Self::Address) -> InPodRange;
+    /// Addresses that no packet from a device may have as its source: loopback, multicast,
+    /// broadcast. (The unspecified address is one that hosts use before they have another.)
+    fn is_impossible_source(address: Self::Address) -> bool;
+    /// Multicast or broadcast.
+    fn is_multicast(address: Self::Address) -> bool;
+    /// Unspecified, or valid on one link only.
+    fn is_link_local(address: Self::Address) -> bool;
+
+    /// Reads the headers into a [`Packet`] whose key has `scope`.
+    fn parse(ctx: &TcContext, scope: u8) -> Result<Packet<Self::Address>, DropReason>;
+
+    /// Writes new addresses into the network header, with the checksum where it has one.
+    fn write_addresses(
+        ctx: &TcContext,
+        source: Self::Address,
+        destination: Self::Address,
+        difference: u32,
+    ) -> Result<(), DropReason>;
+
+    /// Takes one from the time to live. The caller has seen that it is above one.
+    fn decrement_ttl(ctx: &TcContext) -> Result<(), DropReason>;
+
+    /// The tuple as words for [`weir_common::hash::mix`].
+    fn hash_tuple(packet: &Packet<Self::Address>) -> u32;
+}

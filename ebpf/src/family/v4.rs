@@ -1,0 +1,205 @@
+//! IPv4 (RFC 791).
+
+use aya_ebpf::{btf_maps::lpm_trie::Key, programs::TcContext};
+use weir_common::{
+    DropReason, Ipv4, checksum,
+    config::{Config, PodRange},
+    endpoint::Endpoint,
+    flow::FlowKey,
+    hash,
+    ipcache::IpcacheEntry,
+    lookup::Lookup,
+};
+
+use super::{Family, InPodRange};
+use crate::{
+    access::{self, ETHERNET},
+    maps::{self, FlowRing, Flows, Fragments, Frontends, LocalAddresses},
+    packet::{Fragment, Packet},
+};
+
+/// Marker of the family.
+pub struct V4;
+
+/// The header without options.
+#[repr(C)]
+pub struct Header {
+    /// Version in the upper half, length in words of four bytes in the lower.
+    pub version_and_length: u8,
+    /// Type of service.
+    pub tos: u8,
+    /// Bytes of header and payload, network byte order.
+    pub total_length: u16,
+    /// Identification, network byte order.
+    pub identification: u16,
+    /// Flags and fragment offset in units of eight bytes, network byte order.
+    pub fragment: u16,
+    /// Time to live.
+    pub ttl: u8,
+    /// Protocol.
+    pub protocol: u8,
+    /// Header checksum.
+    pub checksum: u16,
+    /// Source.
+    pub source: Ipv4,
+    /// Destination.
+    pub destination: Ipv4,
+}
+
+const DONT_FRAGMENT: u16 = 0x4000;
+const MORE_FRAGMENTS: u16 = 0x2000;
+const OFFSET: u16 = 0x1fff;
+
+/// Difference that a time to live lower by one makes to the header checksum: `!0x0100` in
+/// network byte order.
+const TTL_DIFFERENCE: u32 = u16::from_be(!0x0100) as u32;
+
+#[inline(always)]
+fn header(ctx: &TcContext) -> Result<*mut Header, DropReason> {
+    // SAFETY: plain bytes.
+    unsafe { access::at::<Header>(ctx, ETHERNET) }.ok_or(DropReason::Malformed)
+}
+
+impl Family for V4 {
+    type Address = Ipv4;
+
+    const NUMBER: u8 = 4;
+    const RING_STATE: u32 = 0;
+
+    #[inline(always)]
+    fn flows() -> &'static Flows<Ipv4> {
+        &maps::FLOWS_V4
+    }
+    #[inline(always)]
+    fn ring() -> &'static FlowRing<Ipv4> {
+        &maps::FLOW_RING_V4
+    }
+    #[inline(always)]
+    fn fragments() -> &'static Fragments<Ipv4> {
+        &maps::FRAGMENTS_V4
+    }
+    #[inline(always)]
+    fn frontends() -> &'static Frontends<Ipv4> {
+        &maps::FRONTENDS_V4
+    }
+    #[inline(always)]
+    fn local_addresses() -> &'static LocalAddresses {
+        &maps::LOCAL_ADDRESSES_V4
+    }
+    #[inline(always)]
+    fn ipcache(address: Ipv4) -> Option<&'static IpcacheEntry> {
+        maps::count_lookup(Lookup::Ipcache);
+        maps::IPCACHE_V4.get(&Key::new(32, address))
+    }
+
+    #[inline(always)]
+    fn endpoint_address(endpoint: &Endpoint) -> Ipv4 {
+        endpoint.ipv4
+    }
+    #[inline(always)]
+    fn loopback(config: &Config) -> Ipv4 {
+        config.loopback_v4
+    }
+    #[inline(always)]
+    fn in_pod_range(config: &Config, address: Ipv4) -> InPodRange {
+        let mut i = 0;
+        while i < config.pod_ranges_v4.len() {
+            let range: &PodRange<Ipv4> = &config.pod_ranges_v4[i];
+            if range.length != 0 && address.word() & range.mask.word() == range.base.word() {
+                let offset = u32::from_be(address.word()) - u32::from_be(range.base.word());
+                if offset < range.length {
+                    return InPodRange::Row(range.first_index + offset);
+                }
+            }
+            i += 1;
+        }
+        InPodRange::No
+    }
+    #[inline(always)]
+    fn is_impossible_source(address: Ipv4) -> bool {
+        address.0[0] == 127 || address.0[0] >= 224
+    }
+    #[inline(always)]
+    fn is_multicast(address: Ipv4) -> bool {
+        (address.0[0] & 0xf0) == 224 || address.word() == u32::MAX
+    }
+    #[inline(always)]
+    fn is_link_local(address: Ipv4) -> bool {
+        address.word() == 0
+    }
+
+    #[inline(always)]
+    fn parse(ctx: &TcContext, scope: u8) -> Result<Packet<Ipv4>, DropReason> {
+        // SAFETY: checked by `header`.
+        let header = unsafe { &*header(ctx)? };
+        let header_length = u32::from(header.version_and_length & 0x0f) * 4;
+        if header.version_and_length >> 4 != 4 || header_length < 20 {
+            return Err(DropReason::Malformed);
+        }
+        let available = ctx.len() - ETHERNET;
+        let total = u32::from(u16::from_be(header.total_length));
+        // An offloaded packet beyond 64 KiB says zero (kernel 6.3, "BIG TCP").
+        let jumbo = total == 0 && access::gso_size(ctx) != 0;
+        let length = if jumbo { available } else { total };
+        if length < header_length || length > available {
+            return Err(DropReason::Malformed);
+        }
+        let fragment = u16::from_be(header.fragment);
+        let mut packet = Packet::new(FlowKey {
+            source: header.source,
+            destination: header.destination,
+            protocol: header.protocol,
+            scope,
+            ..FlowKey::default()
+        });
+        packet.l4_offset = ETHERNET + header_length;
+        packet.l3_length = length;
+        packet.ttl = header.ttl;
+        packet.dont_fragment = fragment & DONT_FRAGMENT != 0;
+        if fragment & (MORE_FRAGMENTS | OFFSET) != 0 {
+            packet.identification = u32::from(header.identification);
+            packet.fragment = if fragment & OFFSET == 0 {
+                Fragment::First
+            } else {
+                Fragment::Later
+            };
+        }
+        packet.read_l4(ctx, length - header_length)?;
+        Ok(packet)
+    }
+
+    #[inline(always)]
+    fn write_addresses(
+        ctx: &TcContext,
+        source: Ipv4,
+        destination: Ipv4,
+        difference: u32,
+    ) -> Result<(), DropReason> {
+        // SAFETY: checked by `header`; nobody else holds a reference into the packet.
+        let header = unsafe { &mut *header(ctx)? };
+        header.source = source;
+        header.destination = destination;
+        header.checksum = checksum::apply(header.checksum, difference);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn decrement_ttl(ctx: &TcContext) -> Result<(), DropReason> {
+        // SAFETY: as above.
+        let header = unsafe { &mut *header(ctx)? };
+        header.ttl -= 1;
+        header.checksum = checksum::apply(header.checksum, TTL_DIFFERENCE);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn hash_tuple(packet: &Packet<Ipv4>) -> u32 {
+        let key = &packet.key;
+        hash::mix([
+            key.source.word(),
+            key.destination.word(),
+            u32::from(key.source_port.word()) << 16 | u32::from(key.destination_port.word()),
+            u32::from(key.protocol),
+        ])
+    }
+}

@@ -1,0 +1,294 @@
+//! IPv6 (RFC 8200).
+
+use aya_ebpf::{btf_maps::lpm_trie::Key, programs::TcContext};
+use weir_common::{
+    DropReason, Ipv6,
+    config::{Config, PodRange},
+    endpoint::Endpoint,
+    flow::FlowKey,
+    hash,
+    ipcache::IpcacheEntry,
+    lookup::Lookup,
+    protocol::{self, extension},
+};
+
+use super::{Family, InPodRange};
+use crate::{
+    access::{self, ETHERNET, OFFSET_MASK},
+    maps::{self, FlowRing, Flows, Fragments, Frontends, LocalAddresses},
+    packet::{Fragment, Packet},
+};
+
+/// Marker of the family.
+pub struct V6;
+
+/// The fixed header.
+#[repr(C)]
+pub struct Header {
+    /// Version, traffic class, flow label.
+    pub version_and_flow: u32,
+    /// Bytes after this header, network byte order.
+    pub payload_length: u16,
+    /// Next header.
+    pub next_header: u8,
+    /// Hop limit.
+    pub hop_limit: u8,
+    /// Source.
+    pub source: Ipv6,
+    /// Destination.
+    pub destination: Ipv6,
+}
+
+/// Bytes of the fixed header.
+const HEADER: u32 = 40;
+
+/// Extension headers that are followed. RFC 8200 recommends each at most once, in an order that
+/// has seven.
+const EXTENSION_HEADERS_MAX: u32 = 8;
+
+#[inline(always)]
+fn header(ctx: &TcContext) -> Result<*mut Header, DropReason> {
+    // SAFETY: plain bytes.
+    unsafe { access::at::<Header>(ctx, ETHERNET) }.ok_or(DropReason::Malformed)
+}
+
+impl Family for V6 {
+    type Address = Ipv6;
+
+    const NUMBER: u8 = 6;
+    const RING_STATE: u32 = 1;
+
+    #[inline(always)]
+    fn flows() -> &'static Flows<Ipv6> {
+        &maps::FLOWS_V6
+    }
+    #[inline(always)]
+    fn ring() -> &'static FlowRing<Ipv6> {
+        &maps::FLOW_RING_V6
+    }
+    #[inline(always)]
+    fn fragments() -> &'static Fragments<Ipv6> {
+        &maps::FRAGMENTS_V6
+    }
+    #[inline(always)]
+    fn frontends() -> &'static Frontends<Ipv6> {
+        &maps::FRONTENDS_V6
+    }
+    #[inline(always)]
+    fn local_addresses() -> &'static LocalAddresses {
+        &maps::LOCAL_ADDRESSES_V6
+    }
+    #[inline(always)]
+    fn ipcache(address: Ipv6) -> Option<&'static IpcacheEntry> {
+        maps::count_lookup(Lookup::Ipcache);
+        maps::IPCACHE_V6.get(&Key::new(128, address))
+    }
+
+    #[inline(always)]
+    fn endpoint_address(endpoint: &Endpoint) -> Ipv6 {
+        endpoint.ipv6
+    }
+    #[inline(always)]
+    fn loopback(config: &Config) -> Ipv6 {
+        config.loopback_v6
+    }
+    #[inline(always)]
+    fn in_pod_range(config: &Config, address: Ipv6) -> InPodRange {
+        let words = address.words();
+        let mut i = 0;
+        while i < config.pod_ranges_v6.len() {
+            let range: &PodRange<Ipv6> = &config.pod_ranges_v6[i];
+            let base = range.base.words();
+            // Offsets are small: within the used part only the last word differs from the base.
+            if words[0] ^ base[0] | words[1] ^ base[1] | words[2] ^ base[2] == 0 {
+                let offset = u32::from_be(words[3]).wrapping_sub(u32::from_be(base[3]));
+                if offset < range.length {
+                    return InPodRange::Row(range.first_index + offset);
+                }
+            }
+            i += 1;
+        }
+        InPodRange::No
+    }
+    #[inline(always)]
+    fn is_impossible_source(address: Ipv6) -> bool {
+        let words = address.words();
+        address.0[0] == 0xff || (words[0] | words[1] | words[2] == 0 && words[3] == 1u32.to_be())
+    }
+    #[inline(always)]
+    fn is_multicast(address: Ipv6) -> bool {
+        address.0[0] == 0xff
+    }
+    #[inline(always)]
+    fn is_link_local(address: Ipv6) -> bool {
+        (address.0[0] == 0xfe && address.0[1] & 0xc0 == 0x80) || address.is_zero()
+    }
+
+    #[inline(always)]
+    fn parse(ctx: &TcContext, scope: u8) -> Result<Packet<Ipv6>, DropReason> {
+        let (next_header, length, mut packet) = {
+            // SAFETY: checked by `header`.
+            let header = unsafe { &*header(ctx)? };
+            if header.version_and_flow.to_be() >> 28 != 6 {
+                return Err(DropReason::Malformed);
+            }
+            let available = ctx.len() - ETHERNET;
+            let payload = u32::from(u16::from_be(header.payload_length));
+            // An offloaded packet beyond 64 KiB says zero (RFC 2675).
+            let jumbo = payload == 0 && access::gso_size(ctx) != 0;
+            let length = if jumbo { available } else { HEADER + payload };
+            if length > available {
+                return Err(DropReason::Malformed);
+            }
+            let mut packet = Packet::new(FlowKey {
+                source: header.source,
+                destination: header.destination,
+                scope,
+                ..FlowKey::default()
+            });
+            packet.ttl = header.hop_limit;
+            packet.l3_length = length;
+            (header.next_header, length, packet)
+        };
+        packet.l4_offset = ETHERNET + HEADER;
+        packet.key.protocol = next_header;
+        if !is_upper_layer(next_header) {
+            let walked = walk_extensions(ctx, next_header, length)?;
+            packet.l4_offset = walked.offset;
+            packet.key.protocol = walked.protocol;
+            packet.fragment = walked.fragment;
+            packet.identification = walked.identification;
+            if !access::make_readable(ctx, walked.offset + 20) {
+                return Err(DropReason::PullFailed);
+            }
+        }
+        packet.read_l4(ctx, ETHERNET + length - packet.l4_offset)?;
+        Ok(packet)
+    }
+
+    #[inline(always)]
+    fn write_addresses(
+        ctx: &TcContext,
+        source: Ipv6,
+        destination: Ipv6,
+        _difference: u32,
+    ) -> Result<(), DropReason> {
+        // SAFETY: checked by `header`; nobody else holds a reference into the packet.
+        let header = unsafe { &mut *header(ctx)? };
+        header.source = source;
+        header.destination = destination;
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn decrement_ttl(ctx: &TcContext) -> Result<(), DropReason> {
+        // SAFETY: as above.
+        let header = unsafe { &mut *header(ctx)? };
+        header.hop_limit -= 1;
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn hash_tuple(packet: &Packet<Ipv6>) -> u32 {
+        let key = &packet.key;
+        let (s, d) = (key.source.words(), key.destination.words());
+        hash::mix([
+            s[0],
+            s[1],
+            s[2],
+            s[3],
+            d[0],
+            d[1],
+            d[2],
+            d[3],
+            u32::from(key.source_port.word()) << 16 | u32::from(key.destination_port.word()),
+            u32::from(key.protocol),
+        ])
+    }
+}
+
+/// Whether nothing is to be followed: the common protocols, known without a table.
+#[inline(always)]
+fn is_upper_layer(next_header: u8) -> bool {
+    matches!(
+        next_header,
+        protocol::TCP | protocol::UDP | protocol::ICMPV6 | protocol::SCTP
+    )
+}
+
+/// Where a chain of extension headers ends.
+struct Walked {
+    offset: u32,
+    identification: u32,
+    protocol: u8,
+    fragment: Fragment,
+}
+
+/// Follows extension headers to the upper layer. `length` is that of the packet from the network
+/// header on. A header that reaches beyond it, a second fragment header and a chain longer than
+/// [`EXTENSION_HEADERS_MAX`] are errors: such a packet must not pass as something it is not.
+#[inline(always)]
+fn walk_extensions(ctx: &TcContext, first: u8, length: u32) -> Result<Walked, DropReason> {
+    let end = ETHERNET + length;
+    let mut walked = Walked {
+        offset: ETHERNET + HEADER,
+        identification: 0,
+        protocol: first,
+        fragment: Fragment::Whole,
+    };
+    let mut fragmented = false;
+    let mut i = 0;
+    while i < EXTENSION_HEADERS_MAX {
+        i += 1;
+        let unit = match walked.protocol {
+            extension::HOP_BY_HOP
+            | extension::ROUTING
+            | extension::DESTINATION
+            | extension::MOBILITY => 8,
+            extension::AUTHENTICATION => 4,
+            extension::FRAGMENT => 0,
+            _ => return Ok(walked),
+        };
+        if walked.offset + 8 > end || walked.offset > OFFSET_MASK - 64 {
+            return Err(DropReason::Malformed);
+        }
+        let header: [u8; 8] = ctx
+            .load(walked.offset as usize)
+            .map_err(|_| DropReason::Malformed)?;
+        let size = match unit {
+            0 => {
+                if fragmented {
+                    return Err(DropReason::Malformed);
+                }
+                fragmented = true;
+                let offset_and_flags = u16::from_be_bytes([header[2], header[3]]);
+                walked.identification =
+                    u32::from_ne_bytes([header[4], header[5], header[6], header[7]]);
+                walked.fragment = if offset_and_flags & 0xfff8 != 0 {
+                    Fragment::Later
+                } else if offset_and_flags & 1 != 0 {
+                    Fragment::First
+                } else {
+                    // An atomic fragment (RFC 6946) is a whole datagram.
+                    Fragment::Whole
+                };
+                8
+            }
+            4 => (u32::from(header[1]) + 2) * 4,
+            _ => (u32::from(header[1]) + 1) * 8,
+        };
+        walked.offset += size;
+        walked.protocol = header[0];
+        if walked.offset > end {
+            return Err(DropReason::Malformed);
+        }
+        if matches!(walked.fragment, Fragment::Later) {
+            // What follows is payload, whatever its first header was.
+            return Ok(walked);
+        }
+        if walked.offset > OFFSET_MASK - 64 {
+            return Err(DropReason::ExtensionHeaders);
+        }
+    }
+    Err(DropReason::ExtensionHeaders)
+}

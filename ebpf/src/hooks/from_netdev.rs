@@ -1,0 +1,81 @@
+//! All that enters the node from its devices: nothing outside may claim to be inside; what is for
+//! a pod of this node goes straight there, replies translated back; the rest is the stack's.
+
+use aya_ebpf::programs::TcContext;
+use weir_common::{DropReason, flow::scope, metrics::Hook};
+
+use super::{Kind, read_frame};
+use crate::{
+    decide,
+    deliver::{self, Hop},
+    family::{Family, V4, V6},
+    flow, fragment, icmp,
+    local::{self, Local},
+    packet::Packet,
+    policy,
+    verdict::Verdict,
+};
+
+/// The program.
+#[inline(always)]
+pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
+    let frame = read_frame(ctx)?;
+    match frame.kind {
+        Kind::V4 => forward::<V4>(ctx),
+        Kind::V6 => forward::<V6>(ctx),
+        // Not ours to judge: ARP, LLDP, spanning tree …
+        Kind::Arp | Kind::Other => Ok(Verdict::STACK),
+    }
+}
+
+#[inline(always)]
+fn forward<F: Family>(ctx: &TcContext) -> Result<Verdict, DropReason> {
+    let packet = F::parse(ctx, scope::UNDERLAY)?;
+    let config = local::config()?;
+    match local::by_address::<F>(config, packet.key.destination) {
+        Some(receiver) => to_local_pod::<F>(ctx, receiver, packet),
+        None => {
+            decide::check_outside_source::<F>(config, packet.key.source)?;
+            Ok(Verdict::STACK)
+        }
+    }
+}
+
+#[inline(always)]
+fn to_local_pod<F: Family>(
+    ctx: &TcContext,
+    receiver: Local,
+    mut packet: Packet<F::Address>,
+) -> Result<Verdict, DropReason> {
+    let config = local::config()?;
+    if local::has_flows(receiver.number) {
+        if !fragment::resolve_ports::<F>(&mut packet) {
+            // Whether it belongs to a translated connection cannot be told without its first.
+            return Err(DropReason::FragmentNotFound);
+        }
+        if let Some(found) = flow::find::<F>(ctx, Hook::FromNetdev, &packet, None) {
+            return deliver::deliver::<F>(
+                ctx,
+                Hook::FromNetdev,
+                &packet,
+                found.hop,
+                Some(&found.rewrite),
+            );
+        }
+        if icmp::is_error(&packet) {
+            decide::check_outside_source::<F>(config, packet.key.source)?;
+            let next_hop = icmp::translate_error::<F>(ctx, &packet)?;
+            let hop = Hop::find(next_hop.unwrap_or(receiver.number))?;
+            return deliver::deliver::<F>(ctx, Hook::FromNetdev, &packet, hop, None);
+        }
+    }
+    decide::check_outside_source::<F>(config, packet.key.source)?;
+    policy::judge(receiver.row.ingress_set)?;
+    deliver::deliver::<F>(
+        ctx,
+        Hook::FromNetdev,
+        &packet,
+        Hop::Endpoint(receiver.row),
+        None,
+    )
+}

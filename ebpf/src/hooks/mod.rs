@@ -1,0 +1,49 @@
+//! A file per hook; each reads like a recipe.
+
+use aya_ebpf::programs::TcContext;
+use weir_common::{DropReason, MacAddress, protocol::ether_type};
+
+use crate::access;
+
+pub mod from_netdev;
+pub mod from_pod;
+pub mod to_netdev;
+pub mod to_pod;
+
+/// Bytes that must be readable in place for the usual headers: Ethernet, IPv6 (or IPv4 with 20
+/// bytes of options), TCP.
+const USUAL_HEADERS: u32 = 14 + 40 + 20;
+
+/// The Ethernet header.
+struct Frame {
+    destination: MacAddress,
+    kind: Kind,
+}
+
+/// What a frame carries.
+enum Kind {
+    V4,
+    V6,
+    Arp,
+    Other,
+}
+
+/// Makes the usual headers readable and reads the first.
+#[inline(always)]
+fn read_frame(ctx: &TcContext) -> Result<Frame, DropReason> {
+    if !access::make_readable(ctx, USUAL_HEADERS) {
+        return Err(DropReason::PullFailed);
+    }
+    // SAFETY: plain bytes.
+    let header = unsafe { access::at::<(MacAddress, MacAddress, u16)>(ctx, 0) }
+        .ok_or(DropReason::Malformed)?;
+    // SAFETY: checked by `at`.
+    let (destination, _, kind) = unsafe { *header };
+    let kind = match u16::from_be(kind) {
+        ether_type::IPV4 => Kind::V4,
+        ether_type::IPV6 => Kind::V6,
+        ether_type::ARP => Kind::Arp,
+        _ => Kind::Other,
+    };
+    Ok(Frame { destination, kind })
+}

@@ -1,0 +1,520 @@
+//! ICMP: the errors that the programs send themselves, and the translation of errors that come
+//! from elsewhere about a packet that was translated here.
+//!
+//! An error is made of the packet it is about: cut, pushed back behind the new headers, and sent
+//! to where it came from.
+
+use aya_ebpf::{
+    bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
+    helpers::{
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer, bpf_skb_adjust_room,
+        bpf_skb_change_tail, bpf_skb_load_bytes,
+    },
+    programs::TcContext,
+};
+use weir_common::{
+    DropReason, Ipv4, Ipv6, MacAddress, Port, address::Address, checksum, flow::FlowKey,
+    lookup::Lookup, mark, metrics::Hook, protocol,
+};
+
+use crate::{
+    access::{self, ETHERNET},
+    family::Family,
+    local, maps,
+    packet::{Fragment, Packet, icmp_type},
+    scratch, switches,
+    verdict::Verdict,
+};
+
+/// Bytes of the offending packet that an error quotes at most: any network header with options or
+/// the usual extension headers, and a TCP header. (Linux needs the first eight bytes of layer 4.)
+const QUOTE_MAX: u32 = 128;
+/// Bytes of an ICMP header.
+const ICMP: u32 = 8;
+
+/// An error to be sent.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Error {
+    kind: u8,
+    code: u8,
+    /// The last four bytes of the header, network byte order.
+    rest: u32,
+}
+
+/// Answers a packet that is larger than the way allows (RFC 1191, RFC 8201).
+#[inline(always)]
+pub fn answer_too_big<F: Family>(
+    ctx: &TcContext,
+    hook: Hook,
+    packet: &Packet<F::Address>,
+    mtu: u32,
+) -> Result<Verdict, DropReason> {
+    let (kind, code) = if F::NUMBER == 4 {
+        (icmp_type::UNREACHABLE, 4)
+    } else {
+        (icmp_type::V6_TOO_BIG, 0)
+    };
+    let error = Error {
+        kind,
+        code,
+        rest: mtu.to_be(),
+    };
+    answer::<F>(ctx, hook, packet, error, DropReason::TooBig)
+}
+
+/// Answers a packet whose time to live is used up.
+#[inline(always)]
+pub fn answer_time_exceeded<F: Family>(
+    ctx: &TcContext,
+    hook: Hook,
+    packet: &Packet<F::Address>,
+) -> Result<Verdict, DropReason> {
+    let kind = if F::NUMBER == 4 {
+        icmp_type::TIME_EXCEEDED
+    } else {
+        icmp_type::V6_TIME_EXCEEDED
+    };
+    answer::<F>(
+        ctx,
+        hook,
+        packet,
+        Error {
+            kind,
+            code: 0,
+            rest: 0,
+        },
+        DropReason::TtlExceeded,
+    )
+}
+
+/// Sends an error, or drops with `reason` what must not be answered (RFC 1122 section 3.2.2): errors, later
+/// fragments, and packets without a usable source.
+#[inline(always)]
+fn answer<F: Family>(
+    ctx: &TcContext,
+    hook: Hook,
+    packet: &Packet<F::Address>,
+    error: Error,
+    reason: DropReason,
+) -> Result<Verdict, DropReason> {
+    if matches!(packet.fragment, Fragment::Later)
+        || is_error(packet)
+        || F::is_link_local(packet.key.source)
+    {
+        return Err(reason);
+    }
+    let config = local::config()?;
+    let built = if F::NUMBER == 4 {
+        let node = config.node_v4;
+        let source = if node.word() == 0 {
+            config.gateway_v4
+        } else {
+            node
+        };
+        build_v4(ctx, &source, error.kind, error.code, error.rest)
+    } else {
+        let node = config.node_v6;
+        let source = if node.is_zero() {
+            config.gateway_v6
+        } else {
+            node
+        };
+        build_v6(ctx, &source, error.kind, error.code, error.rest)
+    };
+    if built != 0 {
+        return Err(DropReason::IcmpReplyFailed);
+    }
+    let ifindex = access::ifindex(ctx);
+    // SAFETY: no preconditions.
+    let action = unsafe {
+        if matches!(hook, Hook::FromPod) {
+            bpf_redirect_peer(ifindex, 0)
+        } else {
+            ctx.set_mark(access::mark(ctx) | mark::DONE << switches::mark_shift());
+            bpf_redirect(ifindex, 0)
+        }
+    };
+    Ok(Verdict::answered(action as i32))
+}
+
+/// Whether a packet is an ICMP error itself.
+#[inline(always)]
+pub fn is_error<A: Address>(packet: &Packet<A>) -> bool {
+    match packet.key.protocol {
+        protocol::ICMP => matches!(
+            packet.icmp_type,
+            icmp_type::UNREACHABLE | icmp_type::TIME_EXCEEDED | icmp_type::PARAMETER_PROBLEM
+        ),
+        protocol::ICMPV6 => packet.icmp_type < 128,
+        _ => false,
+    }
+}
+
+/// What the checksum of an error is computed over; zeros add nothing.
+#[repr(C, align(8))]
+struct Sum {
+    /// IPv6 only: source, destination, length and next header (RFC 8200 section 8.1).
+    pseudo_source: Ipv6,
+    pseudo_destination: Ipv6,
+    pseudo_length: u32,
+    pseudo_next_header: u32,
+    message: [u8; (ICMP + QUOTE_MAX) as usize],
+}
+
+/// Turns the packet into an IPv4 error from `source` to its own source. Returns 0, or what failed.
+#[inline(never)]
+fn build_v4(ctx: &TcContext, source: &Ipv4, kind: u8, code: u8, rest: u32) -> u32 {
+    const HEADER: u32 = 20;
+    let source = *source;
+    let Ok(destination) = ctx.load::<Ipv4>(ETHERNET as usize + 12) else {
+        return 1;
+    };
+    let quote = match make_room(ctx, HEADER) {
+        0 => return 2,
+        quote => quote,
+    };
+    let total = HEADER + ICMP + quote;
+    let mut header = [0u32; 5];
+    header[0] = u32::from_ne_bytes([0x45, 0xc0, (total >> 8) as u8, total as u8]);
+    header[2] = u32::from_ne_bytes([64, protocol::ICMP, 0, 0]);
+    header[3] = source.word();
+    header[4] = destination.word();
+    let sum: u64 = header.iter().map(|w| u64::from(*w)).sum();
+    header[2] |= u32::from(!checksum::fold16(sum)) << 16;
+    // SAFETY: plain bytes.
+    let Some(place) = (unsafe { access::at::<[u32; 5]>(ctx, ETHERNET) }) else {
+        return 3;
+    };
+    // SAFETY: checked by `at`.
+    unsafe { *place = header };
+    write_icmp(ctx, HEADER, [kind, code], rest);
+    finish(ctx, HEADER, quote, None)
+}
+
+/// The same for IPv6.
+#[inline(never)]
+fn build_v6(ctx: &TcContext, source: &Ipv6, kind: u8, code: u8, rest: u32) -> u32 {
+    const HEADER: u32 = 40;
+    let source = *source;
+    let Ok(destination) = ctx.load::<Ipv6>(ETHERNET as usize + 8) else {
+        return 1;
+    };
+    let quote = match make_room(ctx, HEADER) {
+        0 => return 2,
+        quote => quote,
+    };
+    let length = ICMP + quote;
+    // SAFETY: plain bytes.
+    let Some(place) = (unsafe { access::at::<(u32, u32, Ipv6, Ipv6)>(ctx, ETHERNET) }) else {
+        return 3;
+    };
+    let version = u32::from_ne_bytes([0x60, 0, 0, 0]);
+    let second = u32::from_ne_bytes([(length >> 8) as u8, length as u8, protocol::ICMPV6, 64]);
+    // SAFETY: checked by `at`.
+    unsafe { *place = (version, second, source, destination) };
+    write_icmp(ctx, HEADER, [kind, code], rest);
+    finish(ctx, HEADER, quote, Some((&source, &destination)))
+}
+
+/// Cuts the packet and makes room for `header` bytes and an ICMP header before it. Returns the
+/// bytes that are quoted, 0 on failure.
+#[inline(always)]
+fn make_room(ctx: &TcContext, header: u32) -> u32 {
+    let available = ctx.len() - ETHERNET;
+    let quote = if available > QUOTE_MAX {
+        QUOTE_MAX
+    } else {
+        available & !3
+    };
+    if quote < 28 {
+        return 0;
+    }
+    // SAFETY: the context is valid; the helpers check their arguments.
+    unsafe {
+        if bpf_skb_change_tail(ctx.skb.skb, ETHERNET + quote, 0) != 0
+            || bpf_skb_adjust_room(ctx.skb.skb, (header + ICMP) as i32, BPF_ADJ_ROOM_MAC, 0) != 0
+        {
+            return 0;
+        }
+    }
+    if !access::make_readable(ctx, ETHERNET + header + ICMP) {
+        0
+    } else {
+        quote
+    }
+}
+
+/// Writes the ICMP header with a zero checksum, and turns the Ethernet addresses round.
+#[inline(always)]
+fn write_icmp(ctx: &TcContext, header: u32, kind_and_code: [u8; 2], rest: u32) {
+    // SAFETY: plain bytes, checked by `at`.
+    unsafe {
+        if let Some(icmp) = access::at::<[u32; 2]>(ctx, ETHERNET + header) {
+            *icmp = [
+                u32::from_ne_bytes([kind_and_code[0], kind_and_code[1], 0, 0]),
+                rest,
+            ];
+        }
+        if let Some(macs) = access::at::<[MacAddress; 2]>(ctx, 0) {
+            let [destination, source] = *macs;
+            *macs = [source, destination];
+        }
+    }
+}
+
+/// Computes the checksum and writes it. Returns 0, or what failed.
+#[inline(always)]
+fn finish(ctx: &TcContext, header: u32, quote: u32, pseudo: Option<(&Ipv6, &Ipv6)>) -> u32 {
+    // SAFETY: plain bytes; nothing that stands there is needed any more.
+    let Ok(sum) = (unsafe { scratch::room::<Sum>() }) else {
+        return 4;
+    };
+    sum.message = [0; (ICMP + QUOTE_MAX) as usize];
+    sum.pseudo_source = Ipv6::default();
+    sum.pseudo_destination = Ipv6::default();
+    sum.pseudo_length = 0;
+    sum.pseudo_next_header = 0;
+    let length = ICMP + quote;
+    if let Some((source, destination)) = pseudo {
+        sum.pseudo_source = *source;
+        sum.pseudo_destination = *destination;
+        sum.pseudo_length = length.to_be();
+        sum.pseudo_next_header = u32::from(protocol::ICMPV6).to_be();
+    }
+    if length > ICMP + QUOTE_MAX || length < ICMP {
+        return 5;
+    }
+    // SAFETY: `message` has room for the largest length.
+    let loaded = unsafe {
+        bpf_skb_load_bytes(
+            ctx.skb.skb.cast(),
+            ETHERNET + header,
+            sum.message.as_mut_ptr().cast(),
+            length,
+        )
+    };
+    if loaded != 0 {
+        return 6;
+    }
+    // SAFETY: the whole structure is initialised; its size is a multiple of four.
+    let total = unsafe {
+        bpf_csum_diff(
+            core::ptr::null_mut(),
+            0,
+            (&raw mut *sum).cast(),
+            size_of::<Sum>() as u32,
+            0,
+        )
+    };
+    let checksum = !checksum::fold16(total as u64 & 0xffff_ffff);
+    // SAFETY: plain bytes, checked by `at`.
+    unsafe {
+        match access::at::<u16>(ctx, ETHERNET + header + 2) {
+            Some(place) => *place = checksum,
+            None => return 7,
+        }
+    }
+    0
+}
+
+/// The tuple of the packet that an ICMP error quotes, turned round.
+#[repr(C)]
+struct Quoted<A> {
+    key: FlowKey<A>,
+    /// Offset of the quoted network header.
+    l3_offset: u32,
+    /// Offset of the quoted ports.
+    l4_offset: u32,
+}
+
+/// Translates an ICMP error about a packet that was translated here, and gives the number of the
+/// next hop of the connection's other direction: the error goes where that goes. `None`: it is about
+/// no connection known here.
+///
+/// The quoted packet went the other way: turned round, its tuple is that of a packet arriving at
+/// this hook, whose entry says how to put it back.
+#[inline(always)]
+pub fn translate_error<F: Family>(
+    ctx: &TcContext,
+    packet: &Packet<F::Address>,
+) -> Result<Option<u32>, DropReason> {
+    match translate::<F>(ctx, packet) {
+        0 => Ok(None),
+        FAILED => Err(DropReason::ChecksumUpdate),
+        next_hop => Ok(Some(next_hop)),
+    }
+}
+
+/// [`translate`] has left a packet that must not go on.
+const FAILED: u32 = u32::MAX;
+
+/// How the flow table puts a quoted tuple back.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Restored<A> {
+    source: A,
+    destination: A,
+    source_port: Port,
+    destination_port: Port,
+}
+
+/// Kept in the scratch room: two IPv6 tuples are too much for the stack.
+#[repr(C, align(8))]
+struct Work<A> {
+    quoted: Quoted<A>,
+    restored: Restored<A>,
+}
+
+/// A function of its own for the sake of the stack: returns the number of the next hop, 0 for an
+/// error about no known connection, or [`FAILED`].
+#[inline(never)]
+fn translate<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>) -> u32 {
+    // SAFETY: plain words; nothing else stands there now.
+    let Ok(work) = (unsafe { scratch::room::<Work<F::Address>>() }) else {
+        return FAILED;
+    };
+    if read_quoted::<F>(ctx, packet, &mut work.quoted).is_none() {
+        return 0;
+    }
+    maps::count_lookup(Lookup::Flow);
+    let Some(entry) = F::flows().get_ptr(&work.quoted.key) else {
+        return 0;
+    };
+    // SAFETY: the element stays allocated; should it be recycled meanwhile, the tag tells.
+    let (next_hop, tag) = unsafe {
+        work.restored.source = (*entry).new_destination;
+        work.restored.destination = (*entry).new_source;
+        work.restored.source_port = (*entry).new_destination_port;
+        work.restored.destination_port = (*entry).new_source_port;
+        let next_hop = (*entry).next_hop;
+        access::compiler_barrier();
+        (next_hop, (&raw const (*entry).tag).read_volatile())
+    };
+    if tag != work.quoted.key.tag() {
+        return 0;
+    }
+    match put_back::<F>(ctx, packet, &work.quoted, &work.restored) {
+        Some(()) => next_hop,
+        None => FAILED,
+    }
+}
+
+/// Writes the restored tuple, the outer addresses and the checksums.
+#[inline(always)]
+fn put_back<F: Family>(
+    ctx: &TcContext,
+    packet: &Packet<F::Address>,
+    quoted: &Quoted<F::Address>,
+    restored: &Restored<F::Address>,
+) -> Option<()> {
+    // The key is the quoted tuple turned round.
+    let (source, destination) = (quoted.key.destination, quoted.key.source);
+    let outer_source = if packet.key.source == destination {
+        restored.destination
+    } else {
+        packet.key.source
+    };
+    let inner = checksum::add(
+        checksum::difference(source, restored.source),
+        checksum::difference(destination, restored.destination),
+    );
+    let ports = checksum::add(
+        checksum::difference(quoted.key.destination_port, restored.source_port),
+        checksum::difference(quoted.key.source_port, restored.destination_port),
+    );
+    let outer = checksum::add(
+        checksum::difference(packet.key.source, outer_source),
+        checksum::difference(packet.key.destination, restored.source),
+    );
+    F::write_addresses(ctx, outer_source, restored.source, outer).ok()?;
+    write_quoted::<F>(ctx, quoted, restored, inner)?;
+    // A quoted IPv4 header has a checksum of its own that makes up for its addresses.
+    let body = if F::NUMBER == 4 {
+        ports
+    } else {
+        checksum::add(ports, inner)
+    };
+    let place = packet.l4_offset + 2;
+    // SAFETY: the context is valid; the helper checks the offset.
+    let failed = unsafe {
+        bpf_l4_csum_replace(ctx.skb.skb, place, 0, u64::from(body), 0) != 0
+            || (F::NUMBER == 6
+                && bpf_l4_csum_replace(
+                    ctx.skb.skb,
+                    place,
+                    0,
+                    u64::from(outer),
+                    u64::from(BPF_F_PSEUDO_HDR) | switches::csum_ipv6_flag(),
+                ) != 0)
+    };
+    if failed { None } else { Some(()) }
+}
+
+/// Reads the tuple that an error quotes, turned round. Options and extension headers in the
+/// quoted packet are not followed: connections that are translated here have none.
+#[inline(always)]
+fn read_quoted<F: Family>(
+    ctx: &TcContext,
+    packet: &Packet<F::Address>,
+    quoted: &mut Quoted<F::Address>,
+) -> Option<()> {
+    let l3_offset = packet.l4_offset + ICMP;
+    let (header, addresses, protocol_at) = if F::NUMBER == 4 {
+        (20, 12, 9)
+    } else {
+        (40, 8, 6)
+    };
+    let l4_offset = l3_offset + header;
+    if !access::make_readable(ctx, l4_offset + 8) {
+        return None;
+    }
+    quoted.l3_offset = l3_offset;
+    quoted.l4_offset = l4_offset;
+    // SAFETY: plain bytes, checked by `at`.
+    unsafe {
+        let version = *access::at::<u8>(ctx, l3_offset)?;
+        let expected = if F::NUMBER == 4 {
+            version == 0x45
+        } else {
+            version >> 4 == 6
+        };
+        let protocol = *access::at::<u8>(ctx, l3_offset + protocol_at)?;
+        if !expected || !matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP) {
+            return None;
+        }
+        let pair = access::at::<[F::Address; 2]>(ctx, l3_offset + addresses)?;
+        quoted.key.source = (*pair)[1];
+        quoted.key.destination = (*pair)[0];
+        let ports = access::at::<[Port; 2]>(ctx, l4_offset)?;
+        quoted.key.source_port = (*ports)[1];
+        quoted.key.destination_port = (*ports)[0];
+        quoted.key.protocol = protocol;
+        quoted.key.scope = packet.key.scope;
+        quoted.key.reserved = 0;
+    }
+    Some(())
+}
+
+/// Puts the quoted packet back to what its sender knows.
+#[inline(always)]
+fn write_quoted<F: Family>(
+    ctx: &TcContext,
+    quoted: &Quoted<F::Address>,
+    restored: &Restored<F::Address>,
+    difference: u32,
+) -> Option<()> {
+    let addresses = if F::NUMBER == 4 { 12 } else { 8 };
+    // SAFETY: plain bytes, checked by `at`.
+    unsafe {
+        *access::at::<[F::Address; 2]>(ctx, quoted.l3_offset + addresses)? =
+            [restored.source, restored.destination];
+        *access::at::<[Port; 2]>(ctx, quoted.l4_offset)? =
+            [restored.source_port, restored.destination_port];
+        if F::NUMBER == 4 {
+            let place = access::at::<u16>(ctx, quoted.l3_offset + 10)?;
+            *place = checksum::apply(*place, difference);
+        }
+    }
+    Some(())
+}

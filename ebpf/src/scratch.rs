@@ -1,0 +1,45 @@
+//! Room for what is too large for the stack of 512 bytes: one element per processor, on which one
+//! program runs at a time. What stands in it is valid from the function that fills it to the end
+//! of the same packet.
+
+use weir_common::{DropReason, Ipv6, flow::FlowEntry};
+
+use crate::{decide::Decision, family::Family, maps};
+
+/// The slow path: what was decided, and both entries of the connection that is entered. Without a
+/// connection `forward` rewrites nothing.
+#[repr(C, align(8))]
+pub struct Work<A> {
+    /// What was decided.
+    pub decision: Decision<A>,
+    /// Entry of the direction of this packet.
+    pub forward: FlowEntry<A>,
+    /// Entry of the other direction.
+    pub reply: FlowEntry<A>,
+}
+
+/// The room of this processor as a `T`.
+///
+/// # Safety
+///
+/// `T` must be valid for every bit pattern, and no other reference to the room may be in use.
+#[inline(always)]
+pub unsafe fn room<T>() -> Result<&'static mut T, DropReason> {
+    const {
+        assert!(size_of::<T>() <= size_of::<maps::Scratch>());
+        assert!(align_of::<T>() <= align_of::<maps::Scratch>());
+    };
+    let scratch = maps::SCRATCH
+        .get_ptr_mut(0)
+        .ok_or(DropReason::MissingConfig)?;
+    // SAFETY: large enough and aligned, checked above; the rest by contract.
+    Ok(unsafe { &mut *scratch.cast::<T>() })
+}
+
+/// The room of the slow path.
+#[inline(always)]
+pub fn decision<F: Family>() -> Result<&'static mut Work<F::Address>, DropReason> {
+    const { assert!(size_of::<Work<Ipv6>>() <= size_of::<maps::Scratch>()) };
+    // SAFETY: plain words; the functions of the slow path take it in turn.
+    unsafe { room::<Work<F::Address>>() }
+}
