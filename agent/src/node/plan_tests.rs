@@ -1,0 +1,1 @@
+//! Tables of nodes and networks in, plans out.
