@@ -213,6 +213,14 @@ impl Values {
         Ok(Self { given })
     }
 
+    /// For commands that read no objects: the source need not be given then.
+    pub fn without_source(&mut self) {
+        self.given.entry("source").or_insert_with(|| Given {
+            value: "dir:/nonexistent".to_owned(),
+            origin: Origin::Default,
+        });
+    }
+
     /// The value of a setting, if it was given or has a default.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Given> {

@@ -203,9 +203,14 @@ pub(super) fn route(message: &RouteMessage) -> Option<Route> {
 
 /// The devices that a unicast route leads to; empty for routes of another kind.
 pub(super) fn route_devices(message: &RouteMessage) -> Vec<u32> {
-    if message.header.kind != RouteType::Unicast {
-        return Vec::new();
+    match message.header.kind {
+        RouteType::Unicast => devices(message),
+        _ => Vec::new(),
     }
+}
+
+/// The devices that stand in a route of any kind.
+pub(super) fn devices(message: &RouteMessage) -> Vec<u32> {
     let mut devices = Vec::new();
     for attribute in &message.attributes {
         match attribute {

@@ -183,7 +183,7 @@ impl Watcher {
                 News::changed_if(!own && !self.is_pod_device(address.header.index))
             }
             RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
-                let devices = convert::route_devices(&route);
+                let devices = convert::devices(&route);
                 let pods_only =
                     !devices.is_empty() && devices.iter().all(|device| self.is_pod_device(*device));
                 let cached = route.header.flags.contains(RouteFlags::Cloned);

@@ -115,7 +115,6 @@ impl NodeManager {
         };
         let wanted = cluster.routes(&snapshot);
         let failures = routes::apply(netlink, &wanted, synced).await?;
-        // The way to a pod range is whatever the kernel now says: our route, or the fabric's.
         let ranges = netlink.route_get_all(cluster.range_addresses()).await?;
         snapshot.resolved.extend(ranges);
 
