@@ -39,7 +39,7 @@ pub enum TestFailure {}
 impl From<anyhow::Error> for TestFailure {
     #[track_caller]
     fn from(error: anyhow::Error) -> Self {
-        panic!("{error:?}")
+        panic!("{error:#}")
     }
 }
 

@@ -59,6 +59,9 @@ impl NetNs {
             .with_context(|| format!("make network namespace {name}; are you root?"))?;
         let namespace = Self::open(name)?;
         namespace.ip("link set lo up")?;
+        // Clients that make thousands of connections a second to one address must not run out of ports.
+        namespace.sysctl("net/ipv4/ip_local_port_range", "10000 65000")?;
+        namespace.sysctl("net/ipv4/tcp_tw_reuse", "1")?;
         Ok(namespace)
     }
 

@@ -145,8 +145,8 @@ fn what_changed_while_the_agent_was_dead_is_applied_at_its_start() -> TestResult
     Ok(())
 }
 
-/// The table holds 1,024 connections; with the agent dead twice as many are opened, all stay open until the
-/// last one is, and each must work.
+/// The table holds 1,024 connections; with the agent dead twice as many are made, over each protocol and family, and each must
+/// work: the kernel makes room by itself.
 #[test]
 fn with_the_agent_dead_the_flow_table_may_be_filled_twice_over() -> TestResult {
     const ROOM: u32 = 1024;

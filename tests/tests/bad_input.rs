@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use serde_json::{Value, json};
-use weir_tests::{Cluster, TestResult, agent::binary, cni::Call, process, wait_until};
+use weir_tests::{
+    Cluster, TestResult, agent::binary, cni::Call, netns::NetNs, process, reaper, wait_until,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -112,11 +114,19 @@ fn edit(call: &mut Call, key: &str, value: Value) {
 
 #[test]
 fn the_plugin_says_what_is_wrong() -> TestResult {
-    let cluster = Cluster::builder("bad calls").nodes(1).start()?;
+    // Each is found before the agent is asked, or by its absence.
+    let cluster = Cluster::builder("bad calls").nodes(1).wire()?;
     let node = &cluster.nodes()[0];
-    let pod = cluster.pod("node1", "pod")?;
+    let pod = NetNs::create(&reaper::namespace_name(cluster.id(), "p-pod"))?;
+    let socket = node.agent().socket();
     for (what, spoil, code, words) in BAD_CALLS {
-        let mut call = pod.call("ADD");
+        let netns = pod.path();
+        let mut call = Call::new(
+            "ADD",
+            &socket.to_string_lossy(),
+            "pod",
+            &netns.to_string_lossy(),
+        );
         spoil(&mut call);
         let output = call.run(&node.netns)?;
         assert_ne!(output.status.code(), Some(0), "{what}");
