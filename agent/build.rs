@@ -45,7 +45,10 @@ fn run() -> Result<(), String> {
         "common/Cargo.toml",
         "common/src",
     ] {
-        println!("cargo::rerun-if-changed={}", workspace.join(input).display());
+        println!(
+            "cargo::rerun-if-changed={}",
+            workspace.join(input).display()
+        );
     }
 
     let toolchain = toolchain::Toolchain::find().map_err(|missing| missing.to_string())?;
@@ -72,9 +75,13 @@ fn target_dir(workspace: &Path) -> PathBuf {
 }
 
 fn copy(from: &Path, to: &Path) -> Result<(), String> {
-    fs::copy(from, to)
-        .map(|_| ())
-        .map_err(|error| format!("cannot copy {} to {}: {error}", from.display(), to.display()))
+    fs::copy(from, to).map(|_| ()).map_err(|error| {
+        format!(
+            "cannot copy {} to {}: {error}",
+            from.display(),
+            to.display()
+        )
+    })
 }
 
 fn variable(name: &str) -> Result<PathBuf, String> {

@@ -20,7 +20,10 @@ use tokio::{
 use weir_common::{event::Event, metrics::outcome};
 
 use crate::{
-    api::{Command, Core, Progress, events::{self, EventHub}},
+    api::{
+        Command, Core, Progress,
+        events::{self, EventHub},
+    },
     datapath::{AppliedService, Datapath, EventReader, NodeConfig},
     endpoint::{EndpointManager, boot_seconds},
     model::{self, Model, ServicePortKey},
@@ -311,7 +314,10 @@ impl Agent {
             // Once more, now with the complete list, even if no node has changed.
             self.mark(Row::Network);
             self.mark(Row::Sweep);
-            tracing::info!(revision = self.source_state.revision, "the source is complete");
+            tracing::info!(
+                revision = self.source_state.revision,
+                "the source is complete"
+            );
         }
         for key in services {
             self.mark(Row::Service(Box::new(key)));
@@ -327,11 +333,17 @@ impl Agent {
                     self.mark(Row::Network);
                 }
                 let (endpoints, mut wiring) = self.endpoints_and_wiring();
-                match endpoints.link_removed(ifindex, &mut wiring, boot_seconds()).await {
+                match endpoints
+                    .link_removed(ifindex, &mut wiring, boot_seconds())
+                    .await
+                {
                     Ok(None) => {}
                     Ok(Some(spec)) => {
-                        tracing::info!(pod = spec.display_name(), device = spec.host_ifname,
-                            "the pod's device is gone, and so is the endpoint");
+                        tracing::info!(
+                            pod = spec.display_name(),
+                            device = spec.host_ifname,
+                            "the pod's device is gone, and so is the endpoint"
+                        );
                         self.endpoints_changed();
                     }
                     // The endpoint manager keeps it and tries again.
@@ -353,18 +365,24 @@ impl Agent {
             let Some(event) = next else { break };
             if watched {
                 let device = self.device_name(event.ifindex);
-                let pods = self.pod_names.get_or_insert_with(|| pod_names(&self.endpoints));
+                let pods = self
+                    .pod_names
+                    .get_or_insert_with(|| pod_names(&self.endpoints));
                 let model = &self.model;
-                self.events.send(Names { model, pods }.describe(&event, device, clock));
+                self.events
+                    .send(Names { model, pods }.describe(&event, device, clock));
             }
             next = self.ring.try_next();
         }
         if let (true, Some(event)) = (watched, next) {
             // The last one taken; those still in the ring wake the loop again.
             let device = self.device_name(event.ifindex);
-            let pods = self.pod_names.get_or_insert_with(|| pod_names(&self.endpoints));
+            let pods = self
+                .pod_names
+                .get_or_insert_with(|| pod_names(&self.endpoints));
             let model = &self.model;
-            self.events.send(Names { model, pods }.describe(&event, device, clock));
+            self.events
+                .send(Names { model, pods }.describe(&event, device, clock));
         }
     }
 
@@ -376,7 +394,10 @@ impl Agent {
                 .filter(|name| !name.is_empty())
                 .unwrap_or_else(|| format!("#{ifindex}"))
         };
-        self.device_names.entry(ifindex).or_insert_with(name).clone()
+        self.device_names
+            .entry(ifindex)
+            .or_insert_with(name)
+            .clone()
     }
 
     /// New flows are told of only while someone wants to hear of them.
@@ -429,7 +450,11 @@ impl Agent {
         let done = state.synced && self.rows.is_clean();
         let missing = if done { Vec::new() } else { self.missing() };
         self.progress.send_if_modified(|progress| {
-            let applied = if done { state.revision } else { progress.applied };
+            let applied = if done {
+                state.revision
+            } else {
+                progress.applied
+            };
             let now = Progress {
                 revision: state.revision,
                 applied,
@@ -467,7 +492,9 @@ fn pod_names(endpoints: &EndpointManager) -> HashMap<IpAddr, String> {
         .flat_map(|endpoint| {
             let spec = &endpoint.spec;
             let name = spec.display_name();
-            spec.addresses.iter().map(move |address| (*address, name.clone()))
+            spec.addresses
+                .iter()
+                .map(move |address| (*address, name.clone()))
         })
         .collect()
 }

@@ -100,15 +100,17 @@ impl Toolchain {
     /// All that is missing, with the remedy.
     pub fn find() -> Result<Self, Missing> {
         let mut causes = Vec::new();
-        let compiler = [debian, rustup].into_iter().find_map(|find| {
-            find()
-                .map_err(|cause| causes.push(cause))
-                .ok()
-        });
+        let compiler = [debian, rustup]
+            .into_iter()
+            .find_map(|find| find().map_err(|cause| causes.push(cause)).ok());
         match (compiler, find_linker()) {
             (Some(compiler), Some(linker)) => Ok(Self { compiler, linker }),
             (compiler, linker) => Err(Missing {
-                compiler: if compiler.is_some() { Vec::new() } else { causes },
+                compiler: if compiler.is_some() {
+                    Vec::new()
+                } else {
+                    causes
+                },
                 linker: linker.is_none(),
             }),
         }

@@ -69,7 +69,12 @@ impl Agent {
         if attempts == 1 {
             tracing::warn!(row = name, error = text, "cannot apply; trying again");
         } else {
-            tracing::debug!(row = name, error = text, attempts, "cannot apply; trying again");
+            tracing::debug!(
+                row = name,
+                error = text,
+                attempts,
+                "cannot apply; trying again"
+            );
         }
     }
 
@@ -115,7 +120,10 @@ impl Agent {
         for change in changes.ipcache {
             self.mark(Row::Prefix(change.prefix));
         }
-        anyhow::ensure!(failing == 0, "{failing} routes could not be entered; see the problems");
+        anyhow::ensure!(
+            failing == 0,
+            "{failing} routes could not be entered; see the problems"
+        );
         Ok(())
     }
 
@@ -206,7 +214,9 @@ impl Agent {
         let endpoints = || self.endpoints.list().filter(|e| e.spec.host_ifindex != 0);
         let ready = || endpoints().filter(|e| !matches!(e.state, EndpointState::Removing(_)));
         let numbers = ready().map(|e| e.spec.number).collect();
-        let addresses = ready().flat_map(|e| e.spec.addresses.iter().copied()).collect();
+        let addresses = ready()
+            .flat_map(|e| e.spec.addresses.iter().copied())
+            .collect();
         let pods = endpoints().map(|e| e.spec.host_ifindex);
         let devices = self.plan.devices.keys().copied().chain(pods).collect();
 

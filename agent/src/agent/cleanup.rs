@@ -29,7 +29,9 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
     let (removed, failed) = remove_pins(settings);
     if removed > 0 {
         let root = settings.bpf_root.display();
-        tell(&format!("removed {removed} pins of programs and maps in {root}"));
+        tell(&format!(
+            "removed {removed} pins of programs and maps in {root}"
+        ));
     }
     errors.extend(failed);
     match netlink.own_routes().await {
@@ -61,7 +63,11 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
     }
     let switches = Sysctls::open(&settings.run_dir).restore();
     errors.extend(switches.iter().map(ToString::to_string));
-    errors.extend(clear_run_dir(&settings.run_dir).iter().map(ToString::to_string));
+    errors.extend(
+        clear_run_dir(&settings.run_dir)
+            .iter()
+            .map(ToString::to_string),
+    );
     anyhow::ensure!(errors.is_empty(), "{}", errors.join("; "));
     Ok(())
 }
@@ -69,7 +75,10 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
 /// Detaches all programs, then removes the pins and their directories. Gives the number of pins
 /// removed, and what could not be.
 fn remove_pins(settings: &Settings) -> (usize, Vec<String>) {
-    let (links, maps) = (settings.bpf_root.join("links"), settings.bpf_root.join("maps"));
+    let (links, maps) = (
+        settings.bpf_root.join("links"),
+        settings.bpf_root.join("maps"),
+    );
     let (mut removed, mut errors) = (0, Vec::new());
     let attached = fs::read_dir(&links).map_or(0, Iterator::count);
     if attached > 0 {

@@ -67,11 +67,20 @@ impl Agent {
     ) -> Result<v1::ReleaseResponse, Status> {
         let (endpoints, mut wiring) = self.endpoints_and_wiring();
         let released = endpoints
-            .release(&request.container_id, &request.ifname, &mut wiring, boot_seconds())
+            .release(
+                &request.container_id,
+                &request.ifname,
+                &mut wiring,
+                boot_seconds(),
+            )
             .await;
         self.endpoints_changed();
         released.map_err(status)?;
-        tracing::info!(container = request.container_id, interface = request.ifname, "released");
+        tracing::info!(
+            container = request.container_id,
+            interface = request.ifname,
+            "released"
+        );
         Ok(v1::ReleaseResponse {})
     }
 

@@ -9,10 +9,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::{
-    model::ServicePortKey,
-    objects::Family,
-};
+use crate::{model::ServicePortKey, objects::Family};
 
 /// Wait after the first failure of a row; it doubles with each further one.
 pub const FIRST_WAIT: Duration = Duration::from_millis(100);
@@ -150,7 +147,9 @@ impl Rows {
     pub fn next_due(&self) -> Option<Instant> {
         let waits = |row: &&Row| !self.phases.contains_key(*row);
         let rows = self.failed.keys().filter(waits);
-        rows.filter_map(|row| self.failed.get(row)).map(|f| f.due).min()
+        rows.filter_map(|row| self.failed.get(row))
+            .map(|f| f.due)
+            .min()
     }
 
     /// Rows that failed and whose time has come.

@@ -9,10 +9,18 @@ use std::{
 use anyhow::{Context as _, bail};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
-use weir_common::{config::Config, mark, metrics::{HOOKS, outcome}};
+use weir_common::{
+    config::Config,
+    mark,
+    metrics::{HOOKS, outcome},
+};
 
 use super::{Agent, Late};
-use crate::{datapath::{Datapath, DatapathOptions}, endpoint::boot_seconds, settings::Settings};
+use crate::{
+    datapath::{Datapath, DatapathOptions},
+    endpoint::boot_seconds,
+    settings::Settings,
+};
 
 /// Checks what nothing works without: root, BTF of the kernel, a bpffs.
 ///
@@ -39,7 +47,8 @@ pub fn check_machine(settings: &Settings) -> anyhow::Result<()> {
 fn check_bpffs(root: &Path) -> anyhow::Result<()> {
     let existing = root.ancestors().find(|path| path.exists());
     let existing = existing.unwrap_or(Path::new("/"));
-    let kind = statfs(existing).with_context(|| format!("cannot examine {}", existing.display()))?;
+    let kind =
+        statfs(existing).with_context(|| format!("cannot examine {}", existing.display()))?;
     if kind.filesystem_type() != BPF_FS_MAGIC {
         bail!(
             "bpf-root {} is not on a bpffs ({} is not one); mount it with `mount -t bpf bpf \
@@ -58,14 +67,23 @@ fn check_bpffs(root: &Path) -> anyhow::Result<()> {
 /// If one cannot be made; names it.
 pub fn make_directories(settings: &Settings) -> anyhow::Result<()> {
     let make = |path: &Path, mode| -> io::Result<()> {
-        fs::DirBuilder::new().recursive(true).mode(mode).create(path)?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(path)?;
         fs::set_permissions(path, fs::Permissions::from_mode(mode))
     };
     make(&settings.run_dir, 0o755).with_context(|| {
-        format!("cannot make the run directory {} (--run-dir)", settings.run_dir.display())
+        format!(
+            "cannot make the run directory {} (--run-dir)",
+            settings.run_dir.display()
+        )
     })?;
     make(&settings.bpf_root, 0o700).with_context(|| {
-        format!("cannot make the directory of pins {} (--bpf-root)", settings.bpf_root.display())
+        format!(
+            "cannot make the directory of pins {} (--bpf-root)",
+            settings.bpf_root.display()
+        )
     })
 }
 
@@ -84,13 +102,20 @@ pub(super) fn datapath_options(settings: &Settings) -> DatapathOptions {
 /// Identifiers of the loaded programs, in the order of [`HOOKS`]; 0 where one is not known.
 pub(super) fn program_ids(datapath: &mut Datapath) -> Vec<u32> {
     let id = |hook| Some(datapath.program(hook).ok()?.info().ok()?.id());
-    HOOKS.into_iter().map(id).map(Option::unwrap_or_default).collect()
+    HOOKS
+        .into_iter()
+        .map(id)
+        .map(Option::unwrap_or_default)
+        .collect()
 }
 
 /// Whether programs of an earlier agent are replaced late, see [`Late`].
 pub(super) fn late(datapath: &Datapath) -> Late {
     for migration in datapath.migrations() {
-        tracing::warn!(?migration, "a pinned map did not fit this version or its settings and was made anew");
+        tracing::warn!(
+            ?migration,
+            "a pinned map did not fit this version or its settings and was made anew"
+        );
     }
     Late {
         waiting: !datapath.migrations().is_empty(),
@@ -102,14 +127,21 @@ impl Agent {
     /// Pods of an earlier agent get the programs of this one, without a gap.
     pub(super) async fn take_over(&mut self) -> anyhow::Result<()> {
         self.config.pod_ranges = configured_ranges(self.datapath.config().row());
-        let links = self.netlink.links().await.context("cannot list the devices")?;
+        let links = self
+            .netlink
+            .links()
+            .await
+            .context("cannot list the devices")?;
         let (endpoints, mut wiring) = self.endpoints_and_wiring();
         let report = endpoints
             .restore(&links, &mut wiring, boot_seconds())
             .await
             .context("cannot take over the endpoints of an earlier agent")?;
         for problem in &report.problems {
-            tracing::warn!(problem, "while taking over the endpoints of an earlier agent");
+            tracing::warn!(
+                problem,
+                "while taking over the endpoints of an earlier agent"
+            );
         }
         self.notes.start.extend(report.problems);
         for link in &report.orphans {
@@ -179,14 +211,24 @@ mod tests {
             length: 9,
             first_index: 0,
         };
-        let ranges: Vec<_> = configured_ranges(&row).iter().map(IpNet::to_string).collect();
+        let ranges: Vec<_> = configured_ranges(&row)
+            .iter()
+            .map(IpNet::to_string)
+            .collect();
         assert_eq!(ranges, ["10.1.2.0/24", "fd00:1::/64"]);
     }
 
     #[test]
     fn a_root_off_bpffs_is_refused_with_the_remedy() {
-        let error = check_bpffs(Path::new("/proc/does/not/exist")).unwrap_err().to_string();
-        for part in ["/proc/does/not/exist", "not on a bpffs", "mount -t bpf", "--bpf-root"] {
+        let error = check_bpffs(Path::new("/proc/does/not/exist"))
+            .unwrap_err()
+            .to_string();
+        for part in [
+            "/proc/does/not/exist",
+            "not on a bpffs",
+            "mount -t bpf",
+            "--bpf-root",
+        ] {
             assert!(error.contains(part), "{part:?}: {error}");
         }
     }

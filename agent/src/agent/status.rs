@@ -5,7 +5,10 @@ use std::{fs, net::IpAddr, time::Instant};
 use ipnet::IpNet;
 use tonic::Status;
 use weir_api::v1;
-use weir_common::{DropReason, metrics::{Hook, outcome}};
+use weir_common::{
+    DropReason,
+    metrics::{Hook, outcome},
+};
 
 use super::{Agent, Row};
 use crate::{
@@ -130,7 +133,10 @@ impl Agent {
     }
 
     pub(super) fn list_services(&self) -> v1::ListServicesResponse {
-        let services = self.model.services().map(|(key, port)| self.service(key, port));
+        let services = self
+            .model
+            .services()
+            .map(|(key, port)| self.service(key, port));
         v1::ListServicesResponse {
             services: services.collect(),
         }
@@ -216,7 +222,11 @@ impl Agent {
             })
             .collect();
         endpoints.sort_by(|a, b| {
-            (&a.pod_namespace, &a.pod_name, a.number).cmp(&(&b.pod_namespace, &b.pod_name, b.number))
+            (&a.pod_namespace, &a.pod_name, a.number).cmp(&(
+                &b.pod_namespace,
+                &b.pod_name,
+                b.number,
+            ))
         });
         v1::ListEndpointsResponse { endpoints }
     }
@@ -257,7 +267,10 @@ impl Agent {
                 Err(why) => format!("{}: {why}", family.name()),
             })
         };
-        [Family::V4, Family::V6].into_iter().filter_map(family).collect()
+        [Family::V4, Family::V6]
+            .into_iter()
+            .filter_map(family)
+            .collect()
     }
 }
 
@@ -316,7 +329,10 @@ mod tests {
     #[test]
     fn counters_are_told_apart() {
         let drop = packet_counter(Hook::FromPod, DropReason::NoBackend as u8, 1, 2);
-        assert_eq!((drop.drop, drop.name.as_str()), (true, "SERVICE_BACKEND_NOT_FOUND"));
+        assert_eq!(
+            (drop.drop, drop.name.as_str()),
+            (true, "SERVICE_BACKEND_NOT_FOUND")
+        );
         let local = packet_counter(Hook::FromPod, outcome::LOCAL, 1, 2);
         assert_eq!((local.drop, local.name.as_str()), (false, "LOCAL"));
     }

@@ -98,7 +98,10 @@ impl NodeWiring<'_> {
         let (ifindex, name) = (endpoint.host_ifindex, &endpoint.host_ifname);
         if self.late.waiting {
             let attachments = self.datapath.attachments()?;
-            if attachments.iter().any(|attachment| attachment.ifindex == ifindex) {
+            if attachments
+                .iter()
+                .any(|attachment| attachment.ifindex == ifindex)
+            {
                 self.late.pods.insert(ifindex, name.clone());
                 return Ok(());
             }
@@ -134,9 +137,9 @@ impl NodeWiring<'_> {
         };
         if ifindex != endpoint.host_ifindex {
             let links = self.netlink.links().await?;
-            let is_ours = links.iter().any(|link| {
-                link.ifindex == ifindex && link.mac == Some(endpoint.host_mac().0)
-            });
+            let is_ours = links
+                .iter()
+                .any(|link| link.ifindex == ifindex && link.mac == Some(endpoint.host_mac().0));
             if !is_ours {
                 return Ok(());
             }

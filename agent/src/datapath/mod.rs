@@ -1,2 +1,597 @@
-//! The only module that touches the kernel's BPF objects: loads the programs, owns the maps, attaches, applies
-//! desired state, reads counters and events.
+//! The only module that touches the kernel's BPF objects: it loads the programs, owns the maps,
+//! attaches, applies desired state, and reads counters and events. It decides nothing: what
+//! should be comes from the model, the endpoint manager and the node manager, through the event
+//! loop, which is its only caller.
+//!
+//! Everything is pinned below BPF-ROOT (`maps/NAME`, `links/PROGRAM-IFINDEX`), so that traffic
+//! goes on while no agent runs. At start the writers read what is there: call [`Datapath::open`],
+//! apply all desired state, and once the source is synced [`Datapath::prune`].
+
+pub mod attach;
+pub mod counters;
+pub mod events;
+pub mod flows;
+mod grace;
+mod layout;
+mod loader;
+mod mapped;
+pub mod object;
+mod probe;
+pub mod sys;
+pub mod tables;
+
+use std::{
+    collections::BTreeSet,
+    io,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
+
+use aya::{Ebpf, maps::RingBuf, programs::SchedClassifier};
+use ipnet::IpNet;
+use weir_common::{
+    ipcache::IpcacheEntry,
+    limits,
+    mark::{self, DEFAULT_MASK},
+    metrics::Hook,
+};
+
+pub use attach::{AttachMode, Attachment};
+pub use counters::{Counters, HookCounter};
+pub use events::EventReader;
+pub use flows::{FlowSweeper, SweepReport};
+pub use layout::Migration;
+pub use tables::{
+    AppliedService, ConfigTable, EndpointRow, EndpointTable, Hop, HopRef, Ipcache, NextHops,
+    NodeConfig, Services, TableError,
+};
+
+use crate::{
+    model::{ServicePort, ServicePortKey},
+    objects::Family,
+};
+use attach::Attacher;
+use tables::{
+    endpoints::{EndpointMaps, LocalAddresses},
+    services::ServiceMaps,
+};
+
+/// What is fixed when the programs are loaded.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct DatapathOptions {
+    /// Folder of the pins, on a BPF file system.
+    pub bpf_root: PathBuf,
+    /// Connections of each family.
+    pub connections: u32,
+    /// Service ports, each of one family. There can be twice as many frontends of each family.
+    pub services_max: u32,
+    /// Backends of all Service ports together.
+    pub backends_max: u32,
+    /// Places by which Weir's four bits of the packet mark are shifted, 0 to 28.
+    pub mark_shift: u32,
+    /// Count table lookups; for tests.
+    pub count_lookups: bool,
+}
+
+impl Default for DatapathOptions {
+    fn default() -> Self {
+        Self {
+            bpf_root: PathBuf::from("/sys/fs/bpf/weir"),
+            connections: limits::CONNECTIONS_DEFAULT,
+            services_max: limits::SERVICE_PORTS_DEFAULT,
+            backends_max: limits::BACKENDS_DEFAULT,
+            mark_shift: mark::shift_of(DEFAULT_MASK).unwrap_or_default(),
+            count_lookups: false,
+        }
+    }
+}
+
+/// Why the data path cannot be opened, or a program not attached.
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    /// Nothing is mounted there.
+    #[error(
+        "{} is not on a BPF file system: mount one with `mount -t bpf bpf /sys/fs/bpf`, or set \
+         bpf-root to a folder of one",
+        root.display()
+    )]
+    NoBpffs {
+        /// The setting bpf-root.
+        root: PathBuf,
+    },
+    /// The embedded object is not what this agent expects.
+    #[error("the eBPF object {0}: build the agent again")]
+    Object(String),
+    /// aya cannot load the object.
+    #[error(
+        "the eBPF object cannot be loaded: {0}; it needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
+    )]
+    Load(#[source] Box<aya::EbpfError>),
+    /// The kernel refuses a program.
+    #[error("the kernel refuses program {program}: {source}\n{log}")]
+    Verifier {
+        /// Its name.
+        program: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+        /// The end of the verifier's log.
+        log: String,
+    },
+    /// A file below bpf-root.
+    #[error("{}: {source}", path.display())]
+    Pin {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// What a pinned map held cannot be carried over.
+    #[error("cannot carry the content of a pinned map over to one of another size: {0}")]
+    Migrate(#[source] io::Error),
+    /// A map cannot be used.
+    #[error("map {name}: {source}")]
+    Map {
+        /// Its name.
+        name: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A map cannot be read at start.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// A program cannot be attached.
+    #[error("cannot attach {program} to {device} (index {ifindex}): {source}")]
+    Attach {
+        /// The program.
+        program: &'static str,
+        /// The device.
+        device: String,
+        /// Its interface index.
+        ifindex: u32,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl DatapathError {
+    fn pin(path: &Path, source: io::Error) -> Self {
+        Self::Pin {
+            path: path.to_path_buf(),
+            source,
+        }
+    }
+}
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct MapFill {
+    /// Its name.
+    pub map: &'static str,
+    /// Entries in use; for flows, at the last complete sweep.
+    pub entries: u32,
+    /// Entries there can be.
+    pub max: u32,
+}
+
+/// What [`Datapath::prune`] has removed.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Pruned {
+    /// Service ports.
+    pub services: usize,
+    /// Prefixes of the ipcache.
+    pub prefixes: usize,
+    /// Next hops.
+    pub next_hops: usize,
+}
+
+/// See the module.
+pub struct Datapath {
+    ebpf: Ebpf,
+    attacher: Attacher,
+    migrations: Vec<Migration>,
+    config: ConfigTable,
+    endpoints: EndpointTable,
+    ipcache: Ipcache,
+    next_hops: NextHops,
+    services: Services,
+    counters: Counters,
+    flows: FlowSweeper,
+    events: Option<RingBuf<aya::maps::MapData>>,
+}
+
+impl std::fmt::Debug for Datapath {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Datapath")
+            .field("attacher", &self.attacher)
+            .field("migrations", &self.migrations)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Datapath {
+    /// Loads the programs, opens or makes the maps, and reads what they hold. Attaches nothing.
+    ///
+    /// # Errors
+    ///
+    /// No BPF file system, a program that the kernel refuses, or missing rights.
+    pub fn open(options: &DatapathOptions) -> Result<Self, DatapathError> {
+        Self::open_with(object::OBJECT, options, None)
+    }
+
+    /// As [`Self::open`], with another object and a given way of attaching.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_with(
+        object: &[u8],
+        options: &DatapathOptions,
+        mode: Option<AttachMode>,
+    ) -> Result<Self, DatapathError> {
+        let mut loaded = loader::load(object, options)?;
+        let mode = match mode {
+            Some(mode) => mode,
+            None => detect_mode(&mut loaded.ebpf)?,
+        };
+
+        let config = ConfigTable::open(loaded.map("CONFIG")?, options.connections)?;
+        let raw = loaded.raw("ENDPOINTS")?;
+        let endpoints = EndpointTable::open(
+            EndpointMaps {
+                local_v4: local_addresses(&mut loaded, "LOCAL_ADDRESSES_V4")?,
+                local_v6: local_addresses(&mut loaded, "LOCAL_ADDRESSES_V6")?,
+                endpoints: loaded.map("ENDPOINTS")?,
+                has_flows: loaded.map("ENDPOINT_FLOWS")?,
+                by_ifindex: loaded.map("ENDPOINT_BY_IFINDEX")?,
+            },
+            &raw,
+        )?;
+        let ipcache_max = loaded.raw("IPCACHE_V4")?.max_entries();
+        let ipcache = Ipcache::open(
+            loaded.map("IPCACHE_V4")?,
+            loaded.map("IPCACHE_V6")?,
+            ipcache_max,
+        )?;
+        let raw = loaded.raw("NEXT_HOPS")?;
+        let next_hops = NextHops::open(loaded.map("NEXT_HOPS")?, &raw, &ipcache)?;
+        let services = Services::open(ServiceMaps {
+            frontends_max: loaded.raw("FRONTENDS_V4")?.max_entries(),
+            frontends_v4: loaded.map("FRONTENDS_V4")?,
+            frontends_v6: loaded.map("FRONTENDS_V6")?,
+            state: loaded.with_data("SERVICE_STATE", |map| mapped::MappedArray::new(map, 2))?,
+            services_max: options.services_max,
+            backends: loaded.with_data("BACKENDS", |map| mapped::MappedArray::new(map, 4))?,
+            backends_max: options.backends_max,
+            slots: loaded.raw("SLOTS")?,
+        })?;
+        Ok(Self {
+            attacher: Attacher {
+                folder: loaded.links.clone(),
+                mode,
+            },
+            migrations: std::mem::take(&mut loaded.migrations),
+            config,
+            endpoints,
+            ipcache,
+            next_hops,
+            services,
+            counters: Counters::new(loaded.raw("METRICS")?, loaded.raw("LOOKUPS")?),
+            flows: FlowSweeper::new(loaded.raw("FLOWS_V4")?, loaded.raw("FLOWS_V6")?),
+            events: Some(loaded.map("EVENTS")?),
+            ebpf: loaded.ebpf,
+        })
+    }
+
+    /// Pinned maps that did not fit and were made anew. The programs that an earlier agent
+    /// attached use the old ones until they are replaced: apply all desired state before
+    /// attaching if this is not empty.
+    #[must_use]
+    pub fn migrations(&self) -> &[Migration] {
+        &self.migrations
+    }
+
+    /// How programs are attached on this kernel.
+    #[must_use]
+    pub fn attach_mode(&self) -> AttachMode {
+        self.attacher.mode
+    }
+
+    /// Attaches `from_pod` and `to_pod` to the host side of a pod's veth pair, or replaces what
+    /// is attached there. Replies of the pod are handled only once both are.
+    ///
+    /// # Errors
+    ///
+    /// The device is gone or not the one meant, or the kernel's.
+    pub fn attach_endpoint(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
+        self.attach(Hook::ToPod, ifindex, device)?;
+        self.attach(Hook::FromPod, ifindex, device)
+    }
+
+    /// Attaches `from_netdev` and `to_netdev` to a device of the node, or replaces what is there.
+    ///
+    /// # Errors
+    ///
+    /// The device is gone or not the one meant, or the kernel's.
+    pub fn attach_device(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
+        self.attach(Hook::ToNetdev, ifindex, device)?;
+        self.attach(Hook::FromNetdev, ifindex, device)
+    }
+
+    fn attach(&mut self, hook: Hook, ifindex: u32, device: &str) -> Result<(), DatapathError> {
+        let program = loader::program(&mut self.ebpf, hook.name())?;
+        self.attacher.attach(program, hook, ifindex, device)
+    }
+
+    /// Detaches every program from a device; one that is gone, or has none, is no error.
+    ///
+    /// # Errors
+    ///
+    /// A pin cannot be removed.
+    pub fn detach(&self, ifindex: u32) -> Result<(), DatapathError> {
+        self.attacher.detach(ifindex)
+    }
+
+    /// What is attached, also by an earlier agent.
+    ///
+    /// # Errors
+    ///
+    /// The folder of the links cannot be read.
+    pub fn attachments(&self) -> Result<Vec<Attachment>, DatapathError> {
+        self.attacher.attachments()
+    }
+
+    /// Detaches from every device whose index is not in `keep`, and forgets devices that are
+    /// gone. Gives the indices swept.
+    ///
+    /// # Errors
+    ///
+    /// A pin cannot be removed.
+    pub fn sweep_attachments(&self, keep: &BTreeSet<u32>) -> Result<BTreeSet<u32>, DatapathError> {
+        self.attacher.sweep(keep)
+    }
+
+    /// A loaded program, for test runs.
+    ///
+    /// # Errors
+    ///
+    /// The object has no such program.
+    pub fn program(&mut self, hook: Hook) -> Result<&mut SchedClassifier, DatapathError> {
+        loader::program(&mut self.ebpf, hook.name())
+    }
+
+    /// The configuration in force.
+    #[must_use]
+    pub fn config(&self) -> &ConfigTable {
+        &self.config
+    }
+
+    /// For changes of the configuration.
+    pub fn config_mut(&mut self) -> &mut ConfigTable {
+        &mut self.config
+    }
+
+    /// The endpoints in the kernel.
+    #[must_use]
+    pub fn endpoints(&self) -> &EndpointTable {
+        &self.endpoints
+    }
+
+    /// See [`EndpointTable::insert`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn insert_endpoint(&mut self, row: &EndpointRow) -> Result<(), TableError> {
+        self.endpoints.insert(row, &self.config)
+    }
+
+    /// See [`EndpointTable::remove`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn remove_endpoint(&mut self, number: u32) -> Result<(), TableError> {
+        self.endpoints.remove(number, &self.config)
+    }
+
+    /// See [`EndpointTable::prune`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn prune_endpoints(&mut self, keep: &BTreeSet<u32>) -> Result<usize, TableError> {
+        self.endpoints.prune(keep, &self.config)
+    }
+
+    /// The ways to other nodes.
+    #[must_use]
+    pub fn next_hops(&self) -> &NextHops {
+        &self.next_hops
+    }
+
+    /// See [`NextHops::set`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn set_hop(
+        &mut self,
+        node: &str,
+        family: Family,
+        prefixes: &[IpNet],
+        hop: Option<Hop>,
+    ) -> Result<u32, TableError> {
+        self.next_hops
+            .set(node, family, prefixes, hop, &self.ipcache)
+    }
+
+    /// See [`NextHops::remove`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn remove_hop(&mut self, node: &str, family: Family) -> Result<(), TableError> {
+        self.next_hops.remove(node, family)
+    }
+
+    /// What addresses are.
+    #[must_use]
+    pub fn ipcache(&self) -> &Ipcache {
+        &self.ipcache
+    }
+
+    /// Says what a prefix is: `class` is one of [`weir_common::ipcache::class`].
+    ///
+    /// # Errors
+    ///
+    /// The hop's node has no row, the map is full, or the kernel's.
+    pub fn set_ipcache(
+        &mut self,
+        prefix: IpNet,
+        class: u8,
+        hop: HopRef<'_>,
+    ) -> Result<(), TableError> {
+        let entry = IpcacheEntry {
+            class,
+            next_hop: self.next_hops.number(hop)?,
+            ..IpcacheEntry::default()
+        };
+        self.ipcache.set(prefix, entry)
+    }
+
+    /// Takes back what [`Self::set_ipcache`] said.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn remove_ipcache(&mut self, prefix: IpNet) -> Result<(), TableError> {
+        self.ipcache.remove(prefix)
+    }
+
+    /// The Service ports in the kernel.
+    #[must_use]
+    pub fn services(&self) -> &Services {
+        &self.services
+    }
+
+    /// See [`Services::apply`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn apply_service(
+        &mut self,
+        key: &ServicePortKey,
+        desired: Option<&ServicePort>,
+    ) -> Result<AppliedService, TableError> {
+        self.services.apply(&mut self.ipcache, key, desired)
+    }
+
+    /// Removes what an earlier agent left in the tables of Services and nodes and nobody has
+    /// asked for since. Only once every list of the source is complete and applied. Endpoints and
+    /// attachments have their own sweeps, which depend on pods instead of the source.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's; the call can be repeated.
+    pub fn prune(&mut self) -> Result<Pruned, TableError> {
+        Ok(Pruned {
+            services: self.services.prune()?,
+            prefixes: self.ipcache.prune()?,
+            next_hops: self.next_hops.prune()?,
+        })
+    }
+
+    /// Packet and lookup counters.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Ages the flow table a little, with the time-outs in force; see [`FlowSweeper::sweep`].
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn sweep_flows(&mut self, budget: u32) -> io::Result<SweepReport> {
+        let timeouts = self.config.row().timeouts;
+        self.flows.sweep(budget, &timeouts, &self.counters)
+    }
+
+    /// The reader of events; there is one. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// It has been taken already, or cannot be registered with the runtime.
+    pub fn take_events(&mut self) -> io::Result<EventReader> {
+        let ring = self.events.take().ok_or_else(|| {
+            io::Error::new(io::ErrorKind::AlreadyExists, "the event reader is in use")
+        })?;
+        EventReader::new(ring)
+    }
+
+    /// How full every table is that can be full.
+    #[must_use]
+    pub fn fill(&self) -> Vec<MapFill> {
+        let (endpoints, endpoints_max) = self.endpoints.fill();
+        let (hops, hops_max) = self.next_hops.fill();
+        let (ipcache_v4, ipcache_v6, ipcache_max) = self.ipcache.fill();
+        let (flows_v4, flows_v6, flows_max) = self.flows.fill();
+        let services = self.services.fill();
+        [
+            ("ENDPOINTS", endpoints, endpoints_max),
+            ("NEXT_HOPS", hops, hops_max),
+            ("IPCACHE_V4", ipcache_v4, ipcache_max),
+            ("IPCACHE_V6", ipcache_v6, ipcache_max),
+            ("FLOWS_V4", flows_v4, flows_max),
+            ("FLOWS_V6", flows_v6, flows_max),
+            (
+                "FRONTENDS_V4",
+                services.frontends_v4.0,
+                services.frontends_v4.1,
+            ),
+            (
+                "FRONTENDS_V6",
+                services.frontends_v6.0,
+                services.frontends_v6.1,
+            ),
+            ("SERVICE_STATE", services.services.0, services.services.1),
+            ("BACKENDS", services.backends.0, services.backends.1),
+            ("SLOTS", services.slot_chunks.0, services.slot_chunks.1),
+        ]
+        .into_iter()
+        .map(|(map, entries, max)| MapFill { map, entries, max })
+        .collect()
+    }
+}
+
+fn detect_mode(ebpf: &mut Ebpf) -> Result<AttachMode, DatapathError> {
+    let name = Hook::FromPod.name();
+    let program = loader::program(ebpf, name)?;
+    let has_tcx = program
+        .fd()
+        .map_err(io::Error::other)
+        .and_then(|fd| probe::has_tcx(fd.as_fd()))
+        .map_err(|source| DatapathError::Attach {
+            program: name,
+            device: "a device that does not exist, to see whether tcx does".into(),
+            ifindex: 0,
+            source,
+        })?;
+    Ok(if has_tcx {
+        AttachMode::Tcx
+    } else {
+        AttachMode::Clsact
+    })
+}
+
+fn local_addresses(
+    loaded: &mut loader::Loaded,
+    name: &'static str,
+) -> Result<LocalAddresses, DatapathError> {
+    Ok(LocalAddresses {
+        name,
+        raw: loaded.raw(name)?,
+        map: loaded.map(name)?,
+    })
+}

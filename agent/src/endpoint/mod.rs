@@ -42,9 +42,9 @@ pub trait Wiring {
     fn install(&mut self, endpoint: &EndpointSpec)
     -> impl Future<Output = Result<(), WiringError>>;
 
-    /// The reverse, the device included if it still exists. The endpoint may never have been installed
-    /// (then its `host_ifindex` is 0, and the device, if any, has its `host_ifname` and host MAC),
-    /// or have been removed already.
+    /// The reverse, the device included if it still exists. The endpoint may never have been installed,
+    /// or have been removed already. Its `host_ifindex` is 0 when it was never committed (the
+    /// device, if any, has its `host_ifname` and host MAC) and when the device is known to be gone.
     fn remove(&mut self, endpoint: &EndpointSpec) -> impl Future<Output = Result<(), WiringError>>;
 }
 
@@ -75,7 +75,6 @@ pub struct EndpointManager {
     numbers: Pool,
     rest: u64,
     mtu: u32,
-    generation: u32,
     endpoints: BTreeMap<EndpointKey, Endpoint>,
     /// Host interface names in use: two keys may hash alike.
     host_ifnames: HashMap<String, EndpointKey>,
@@ -84,7 +83,7 @@ pub struct EndpointManager {
 impl EndpointManager {
     /// A manager that keeps its files in `run_dir` (made when missing). `rest`: seconds that a
     /// released number or address is left alone; `mtu`: of the pods' devices, bytes. Call
-    /// [`Self::restore`] before anything else.
+    /// [`Self::restore`] before anything else, then [`Self::tick`].
     ///
     /// # Errors
     ///
@@ -96,15 +95,21 @@ impl EndpointManager {
             numbers: Pool::new(1, ENDPOINTS_MAX),
             rest,
             mtu,
-            generation: 0,
             endpoints: BTreeMap::new(),
             host_ifnames: HashMap::new(),
         })
     }
 
-    /// Sets the node's pod ranges; see [`Ipam::set_ranges`]. Pods keep their addresses.
+    /// Sets the node's pod ranges; see [`Ipam::set_ranges`]. Pods keep their addresses. The datapath
+    /// has to learn [`Self::pod_ranges`] before the next `commit`.
     pub fn set_ranges(&mut self, ranges: &[IpNet]) -> Vec<IpamError> {
         self.ipam.set_ranges(ranges)
+    }
+
+    /// Ranges that pods of this node have addresses of or will have, those included that left the
+    /// node and only wait for their last pod.
+    pub fn pod_ranges(&self) -> impl Iterator<Item = IpNet> + '_ {
+        self.ipam.ranges().map(|range| range.network)
     }
 
     /// Sets the MTU of later pods' devices, bytes.
@@ -227,15 +232,7 @@ impl EndpointManager {
                 "{key} is being removed: {why}; release it, then call Allocate again"
             )));
         }
-        let former = endpoint.spec.host_ifindex;
-        if former != 0 && former != host_ifindex {
-            // Wired anew: what was attached to the former device goes first.
-            if let Err(error) = wiring.remove(&endpoint.spec).await {
-                return Err(EndpointError::internal(format!(
-                    "cannot remove the former device {former} of {key}: {error}"
-                )));
-            }
-        }
+        // A former device of that name is gone: names are unique, and the plugin made this one.
         endpoint.spec.host_ifindex = host_ifindex;
         endpoint.spec.netns_cookie = netns_cookie;
         endpoint.state = EndpointState::Ready;
@@ -296,11 +293,15 @@ impl EndpointManager {
         let Some(spec) = self.by_host_ifindex(ifindex).map(|e| e.spec.clone()) else {
             return Ok(None);
         };
+        if let Some(endpoint) = self.endpoints.get_mut(&spec.key) {
+            // Another device may get the index before we are done.
+            endpoint.spec.host_ifindex = 0;
+        }
         self.release_one(&spec.key, wiring, now).await?;
         Ok(Some(spec))
     }
 
-    /// To be called every few seconds: drops reservations that nobody committed in
+    /// To be called after [`Self::restore`] and every few seconds: installs and releases what that found, drops reservations that nobody committed in
     /// [`RESERVATION_SECONDS`], and tries again what the kernel refused. Returns what it still refuses.
     pub async fn tick(&mut self, wiring: &mut impl Wiring, now: u64) -> Vec<EndpointError> {
         let mut release = Vec::new();
@@ -376,11 +377,8 @@ impl EndpointManager {
                     ),
                 )
             })?;
-        // A clock in seconds is a generation that outlives even the loss of our files.
-        let clock = now as u32;
         let mut spec = EndpointSpec {
             number,
-            generation: self.generation.wrapping_add(1).max(clock).max(1),
             host_ifname: self.host_ifname(&key),
             key,
             netns: request.netns.clone(),
@@ -405,7 +403,6 @@ impl EndpointManager {
                 }
             }
         }
-        self.generation = spec.generation;
         Ok(spec)
     }
 
@@ -524,7 +521,6 @@ impl EndpointManager {
             ipam: self.ipam.state(),
             next_number: self.numbers.cursor(),
             resting_numbers: self.numbers.resting().collect(),
-            generation: self.generation,
         })
     }
 }

@@ -1,82 +1,69 @@
 //! Start of the agent: from the files of an earlier one and the devices that exist to the endpoints
 //! that live. Called once, before anything else is asked of the manager.
 
-use super::{Endpoint, EndpointError, EndpointManager, EndpointState, StoreError, Wiring};
+use super::{Endpoint, EndpointKey, EndpointManager, EndpointState, StoreError};
 use crate::netlink::Link;
 
 /// What [`EndpointManager::restore`] found.
 #[derive(Debug, Default)]
 pub struct RestoreReport {
-    /// Endpoints that live, reservations included.
-    pub restored: usize,
-    /// Endpoints whose device was gone: released.
-    pub released: usize,
-    /// Files set aside, ranges refused, endpoints that the kernel did not take back (they are tried
-    /// again), for people.
+    /// Endpoints whose device exists, and reservations.
+    pub living: usize,
+    /// Endpoints whose device is gone.
+    pub vanished: Vec<EndpointKey>,
+    /// Files set aside and ranges refused, for people.
     pub problems: Vec<String>,
     /// Devices named and built like ours that no file speaks of: a pod without state.
     pub orphans: Vec<Link>,
 }
 
 impl EndpointManager {
-    /// Takes over what an earlier agent left. Endpoints whose device is gone are released; those
-    /// present are installed again; reservations wait for their plugin. `links`: all devices of
-    /// this node.
+    /// Takes over what an earlier agent left; does not touch the kernel. Once the datapath knows
+    /// [`Self::pod_ranges`], [`Self::tick`] installs the endpoints whose device exists and releases
+    /// the others; reservations wait for their plugin. `links`: all devices of this node.
     ///
     /// # Errors
     ///
     /// [`StoreError`] if the directory of the endpoints cannot be read.
-    pub async fn restore(
-        &mut self,
-        links: &[Link],
-        wiring: &mut impl Wiring,
-        now: u64,
-    ) -> Result<RestoreReport, StoreError> {
+    pub fn restore(&mut self, links: &[Link], now: u64) -> Result<RestoreReport, StoreError> {
         let mut report = RestoreReport::default();
         self.restore_allocator(now, &mut report.problems);
         for endpoint in self.store.load_endpoints(&mut report.problems)? {
-            if let Err(why) = self.enter(endpoint.clone(), now) {
-                let told = self.store.quarantine(&endpoint.spec.key, &why);
-                report.problems.push(told);
+            let key = endpoint.spec.key.clone();
+            if let Err(why) = self.enter(endpoint, now) {
+                report.problems.push(self.store.quarantine(&key, &why));
             }
         }
-        let keys: Vec<_> = self.endpoints.keys().cloned().collect();
-        for key in keys {
-            let Some(endpoint) = self.endpoints.get_mut(&key) else {
-                continue;
-            };
+        for (key, endpoint) in &mut self.endpoints {
             let device = links.iter().find(|link| is_device_of(link, endpoint));
-            let outcome: Result<(), EndpointError> = match (&endpoint.state, device) {
-                (EndpointState::Reserved(_), _) => Ok(()),
-                (EndpointState::Ready | EndpointState::Failing(_), Some(link)) => {
-                    endpoint.spec.host_ifindex = link.ifindex;
-                    self.install_again(&key, wiring).await
+            endpoint.spec.host_ifindex = device.map_or(0, |link| link.ifindex);
+            match (&endpoint.state, device) {
+                (EndpointState::Reserved(_), _) => report.living += 1,
+                (EndpointState::Removing(_), _) => {}
+                (EndpointState::Ready | EndpointState::Failing(_), Some(_)) => {
+                    let why = "not installed since the agent started";
+                    endpoint.state = EndpointState::Failing(why.into());
+                    report.living += 1;
                 }
-                (EndpointState::Removing(_), _) | (_, None) => {
-                    let released = self.release_one(&key, wiring, now).await;
-                    report.released += usize::from(released.is_ok());
-                    released
+                (EndpointState::Ready | EndpointState::Failing(_), None) => {
+                    endpoint.state = EndpointState::Removing("its device is gone".into());
+                    report.vanished.push(key.clone());
                 }
-            };
-            if let Err(error) = outcome {
-                report.problems.push(error.message);
             }
         }
-        if let Err(error) = self.save_allocator() {
-            report.problems.push(error.to_string());
-        }
-        report.restored = self.endpoints.len();
         report.orphans = links
             .iter()
             .filter(|link| is_ours(link) && !self.host_ifnames.contains_key(&link.name))
             .cloned()
             .collect();
+        if let Err(error) = self.save_allocator() {
+            report.problems.push(error.to_string());
+        }
         Ok(report)
     }
 
     fn restore_allocator(&mut self, now: u64, problems: &mut Vec<String>) {
         let state = self.store.load_allocator(problems);
-        self.generation = state.generation;
         self.numbers.set_cursor(state.next_number);
         for (number, released) in state.resting_numbers {
             self.numbers.restore_resting(number, released, now);
@@ -115,7 +102,6 @@ impl EndpointManager {
                 return Err(error.to_string());
             }
         }
-        self.generation = self.generation.max(spec.generation);
         self.insert(endpoint);
         Ok(())
     }

@@ -103,8 +103,6 @@ impl From<v1::AllocateRequest> for AllocateRequest {
 pub struct EndpointSpec {
     /// Number, 1 to `ENDPOINTS_MAX - 1`.
     pub number: u32,
-    /// Differs from that of every earlier endpoint of the same number.
-    pub generation: u32,
     /// Container and interface.
     #[serde(flatten)]
     pub key: EndpointKey,
@@ -124,7 +122,8 @@ pub struct EndpointSpec {
     pub host_ifname: String,
     /// MTU of the pod's device, bytes (layer 3).
     pub mtu: u32,
-    /// Interface index of the host side; 0 until the endpoint is committed.
+    /// Interface index of the host side; 0 until the endpoint is committed, and when the device is
+    /// known to be gone.
     pub host_ifindex: u32,
     /// Cookie of the pod's network namespace (`SO_NETNS_COOKIE`), 0 if unknown.
     pub netns_cookie: u64,
@@ -213,7 +212,7 @@ pub enum EndpointState {
     Reserved(u64),
     /// In the kernel.
     Ready,
-    /// Committed by its plugin, but the kernel refused after a restart, and why. Tried again.
+    /// Committed by its plugin, but not installed since the agent started, and why. Tried again.
     Failing(String),
     /// Released, but the kernel refused to let go, and why. Tried again.
     Removing(String),

@@ -49,8 +49,6 @@ pub(super) struct AllocatorState {
     pub next_number: u32,
     /// Numbers that rest, with the time of their release.
     pub resting_numbers: Vec<(u32, u64)>,
-    /// Generation given out last.
-    pub generation: u32,
 }
 
 /// The files.

@@ -12,10 +12,12 @@ use serde::{Deserialize, Serialize};
 use weir_common::limits::{LOCAL_ADDRESSES_MAX, POD_RANGES_MAX};
 
 pub use self::pool::Pool;
+#[cfg(test)]
+pub(crate) use self::tests::Random;
 use crate::objects::Family;
 
 /// Offsets of one range that are used at most. `LOCAL_ADDRESSES_*` has [`LOCAL_ADDRESSES_MAX`] rows
-/// for a family, and each of its [`POD_RANGES_MAX`] ranges owns an equal part of them, so that a new
+/// for a family, and each of its [`POD_RANGES_MAX`] ranges may use an equal part of them, so that a new
 /// range always finds room beside old ones. Four times the number of endpoints a node can have.
 pub const RANGE_OFFSETS_MAX: u32 = LOCAL_ADDRESSES_MAX / POD_RANGES_MAX as u32;
 
@@ -76,8 +78,6 @@ pub struct RangeInfo {
     pub network: IpNet,
     /// Offsets in use of it: addresses are `network.network() + 0 .. length`.
     pub length: u32,
-    /// Row of offset 0 in `LOCAL_ADDRESSES_*` of the family; stays as long as the range lives.
-    pub first_index: u32,
     /// New addresses come from it; otherwise it only waits for its last pod to go.
     pub active: bool,
     /// Addresses that can be given out.
@@ -104,8 +104,6 @@ pub struct RangeState {
     pub network: IpNet,
     /// Offset at which the next search starts.
     pub cursor: u32,
-    /// Part of the family's rows that the range owns; see [`RangeInfo::first_index`].
-    pub slot: u32,
 }
 
 /// An address in [`IpamState`].
@@ -130,7 +128,6 @@ pub struct Ipam {
 struct Range {
     network: IpNet,
     active: bool,
-    slot: u32,
     length: u32,
     pool: Pool,
 }
@@ -226,7 +223,7 @@ impl Ipam {
         if self.ranges.iter().any(|range| range.network == network) {
             return Ok(());
         }
-        self.insert_range(network, false, None)
+        self.insert_range(network, false)
     }
 
     /// Gives an address back, to rest. `false`: it was not in use.
@@ -270,7 +267,6 @@ impl Ipam {
         self.ranges.iter().map(|range| RangeInfo {
             network: range.network,
             length: range.length,
-            first_index: range.slot * RANGE_OFFSETS_MAX,
             active: range.active,
             size: range.pool.size(),
             used: range.pool.used(),
@@ -288,7 +284,6 @@ impl Ipam {
                 .map(|range| RangeState {
                     network: range.network,
                     cursor: range.pool.cursor(),
-                    slot: range.slot,
                 })
                 .collect(),
             resting: self
@@ -313,7 +308,7 @@ impl Ipam {
         let mut errors = Vec::new();
         for saved in &state.ranges {
             let network = saved.network.trunc();
-            if let Err(error) = self.insert_range(network, false, Some(saved.slot)) {
+            if let Err(error) = self.insert_range(network, false) {
                 errors.push(error);
             } else if let Some(range) = self.ranges.last_mut() {
                 range.pool.set_cursor(saved.cursor);
@@ -340,7 +335,7 @@ impl Ipam {
         let mut errors = Vec::new();
         for &network in &wanted {
             if !self.ranges.iter().any(|range| range.network == network)
-                && let Err(error) = self.insert_range(network, true, None)
+                && let Err(error) = self.insert_range(network, true)
             {
                 errors.push(error);
             }
@@ -352,12 +347,7 @@ impl Ipam {
         errors
     }
 
-    fn insert_range(
-        &mut self,
-        network: IpNet,
-        active: bool,
-        slot: Option<u32>,
-    ) -> Result<(), IpamError> {
+    fn insert_range(&mut self, network: IpNet, active: bool) -> Result<(), IpamError> {
         let overlapping = self.ranges.iter().find(|range| {
             range.network.contains(&network.network()) || network.contains(&range.network.network())
         });
@@ -368,19 +358,12 @@ impl Ipam {
                 pods: other.pool.used(),
             });
         }
-        let taken: Vec<u32> = self
-            .ranges
-            .iter()
-            .filter(|range| range.family() == Family::of(network.addr()))
-            .map(|range| range.slot)
-            .collect();
-        let slots = 0..POD_RANGES_MAX as u32;
-        let slot = slot
-            .into_iter()
-            .chain(slots.clone())
-            .find(|slot| slots.contains(slot) && !taken.contains(slot))
-            .ok_or(IpamError::TooManyRanges(network))?;
-        self.ranges.push(Range::new(network, active, slot));
+        let family = Family::of(network.addr());
+        let same_family = |range: &&Range| range.family() == family;
+        if self.ranges.iter().filter(same_family).count() >= POD_RANGES_MAX {
+            return Err(IpamError::TooManyRanges(network));
+        }
+        self.ranges.push(Range::new(network, active));
         Ok(())
     }
 
@@ -414,7 +397,7 @@ impl Ipam {
 }
 
 impl Range {
-    fn new(network: IpNet, active: bool, slot: u32) -> Self {
+    fn new(network: IpNet, active: bool) -> Self {
         let host_bits = network.max_prefix_len() - network.prefix_len();
         let full = 1u64.checked_shl(host_bits.into()).unwrap_or(u64::MAX);
         let length = u32::try_from(full)
@@ -430,7 +413,6 @@ impl Range {
         Self {
             network,
             active,
-            slot,
             length,
             pool: Pool::new(first, last),
         }

@@ -45,6 +45,15 @@ pub enum FrontendKind {
     ClusterIp,
 }
 
+impl FrontendKind {
+    /// As Kubernetes writes it: ClusterIP.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ClusterIp => "ClusterIP",
+        }
+    }
+}
+
 /// An address and port that clients of a Service port use.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Frontend {

@@ -302,7 +302,11 @@ impl Problem {
 /// The claims of a Service, each with the index of the port that makes it.
 fn claims(service: &Service) -> Vec<(Claim, usize)> {
     let mut claims = Vec::with_capacity(service.cluster_ips.len() * service.ports.len());
-    for address in served_addresses(service) {
+    let addresses = served_addresses(service);
+    for (nth, address) in addresses.iter().enumerate() {
+        if addresses[..nth].contains(address) {
+            continue;
+        }
         for (index, port) in service.ports.iter().enumerate() {
             let claim = Claim {
                 address: *address,
@@ -404,6 +408,7 @@ fn with_endpoints(
             continue;
         }
         let reason = match condition {
+            // The ready ones are all in use.
             Condition::Ready | Condition::NotReady => "not ready",
             Condition::ServingTerminating => "terminating",
             Condition::Terminating => "terminating, not serving",

@@ -261,13 +261,44 @@ impl Directory {
                 names.extend(self.catalog.files().map(str::to_owned));
             }
             self.trouble = None;
-            for name in names {
-                self.read_file(name, watch);
+            let (_, absent): (Vec<_>, Vec<_>) = names
+                .into_iter()
+                .partition(|name| self.read_file(name, watch));
+            if let Err(error) = self.remove_files(&absent, watch) {
+                return self.give_up(&error);
             }
             if !self.seen.any() {
                 return;
             }
         }
+    }
+
+    /// Takes out files that are not there any more.
+    fn remove_files(&mut self, names: &[String], watch: &mut Watch) -> io::Result<()> {
+        if names.is_empty() {
+            return Ok(());
+        }
+        if !self.path.is_dir() {
+            // The directory went away with them: their objects stay.
+            self.seen.directory = true;
+            self.seen.everything = true;
+            return Ok(());
+        }
+        // A file may have been given another name, of which the event is only now coming: its
+        // objects must not go and come again.
+        let mut others = self.list()?;
+        others.retain(|name| !self.digests.contains_key(name));
+        watch.drain(&mut self.seen);
+        others.append(&mut self.seen.files);
+        let (present, absent): (BTreeSet<_>, BTreeSet<_>) = others
+            .into_iter()
+            .partition(|name| self.read_file(name, watch));
+        self.seen.files.extend(absent);
+        for name in names.iter().filter(|name| !present.contains(*name)) {
+            self.digests.remove(name);
+            self.catalog.remove(name);
+        }
+        Ok(())
     }
 
     /// The directory cannot be read now; what it held stays in force.
@@ -292,59 +323,53 @@ impl Directory {
         Ok(names)
     }
 
-    fn read_file(&mut self, name: String, watch: &mut Watch) {
-        let Some(format) = format_of(&name) else {
-            return;
+    /// Reads one file, unless it is being written to. Whether there is such a file.
+    fn read_file(&mut self, name: &str, watch: &mut Watch) -> bool {
+        let Some(format) = format_of(name) else {
+            return true;
         };
-        // Not while it is being written: the event of its closing brings it back.
-        if self.seen.writing.contains(&name) {
-            return;
+        // The event of its closing brings it back.
+        if self.seen.writing.contains(name) {
+            return true;
         }
-        let content = read_bytes(&self.path.join(&name));
+        let content = read_bytes(&self.path.join(name));
         watch.drain(&mut self.seen);
-        if self.seen.writing.contains(&name) || self.seen.files.contains(&name) {
-            return;
+        if self.seen.writing.contains(name) || self.seen.files.contains(name) {
+            return true;
         }
-        let bytes = match content {
-            Ok(Some(bytes)) => bytes,
-            Ok(None) => {
-                // If the whole directory went away, its objects stay.
-                if self.path.is_dir() {
-                    self.digests.remove(&name);
-                    self.catalog.remove(&name);
-                } else {
-                    self.seen.directory = true;
+        match content {
+            Ok(None) => return false,
+            Ok(Some(bytes)) => {
+                let digest = digest(&bytes);
+                if self.digests.insert(name.to_owned(), digest) != Some(digest) {
+                    self.parse_file(name, format, bytes);
                 }
-                return;
             }
             Err(error) => {
-                self.digests.remove(&name);
-                return self
-                    .catalog
-                    .set_unreadable(&name, &format!("cannot be read: {error}"));
+                self.digests.remove(name);
+                self.catalog
+                    .set_unreadable(name, &format!("cannot be read: {error}"));
             }
-        };
-        let digest = digest(&bytes);
-        if self.digests.get(&name) == Some(&digest) {
-            return;
         }
-        self.digests.insert(name.clone(), digest);
-        match String::from_utf8(bytes) {
-            Ok(text) => {
-                let manifest = yaml::parse(&text, format);
-                for what in &manifest.ignored {
-                    if self.ignored.insert(what.clone()) {
-                        info!(file = name, "objects of kind {what} are not used by Weir");
-                    }
-                }
-                self.catalog.set(&name, manifest);
-            }
+        true
+    }
+
+    fn parse_file(&mut self, name: &str, format: Format, bytes: Vec<u8>) {
+        let text = match String::from_utf8(bytes) {
+            Ok(text) => text,
             Err(error) => {
                 let place = error.utf8_error().valid_up_to();
-                self.catalog
-                    .set_unreadable(&name, &format!("is not UTF-8: see byte {place}"));
+                let cause = format!("is not UTF-8: see byte {place}");
+                return self.catalog.set_unreadable(name, &cause);
+            }
+        };
+        let manifest = yaml::parse(&text, format);
+        for what in &manifest.ignored {
+            if self.ignored.insert(what.clone()) {
+                info!(file = name, "objects of kind {what} are not used by Weir");
             }
         }
+        self.catalog.set(name, manifest);
     }
 }
 

@@ -126,7 +126,7 @@ fn json_chunks(text: &str, manifest: &mut Manifest) {
                 text: &text[start..],
                 lines_before,
             };
-            let error = document::Failure::from_json(&error, lines_before);
+            let error = document::Failure::from_json(&error, 0);
             manifest.errors.push(error.at(chunk, None));
             return;
         }

@@ -1,0 +1,268 @@
+//! Attaches the programs to devices, replaces them at a restart without a gap, and detaches.
+//!
+//! Where the kernel has tcx links they are used, appended after those of others, and pinned as
+//! `BPF-ROOT/links/PROGRAM-IFINDEX`: the pin keeps a program attached while no agent runs.
+//! Elsewhere the programs are filters of a clsact qdisc with a priority and handle of ours, and
+//! the file pins the program, only to remember the attachment.
+
+use std::{
+    collections::BTreeSet,
+    fs, io, mem,
+    path::{Path, PathBuf},
+};
+
+use aya::programs::{
+    LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+    links::{FdLink, Link as _, PinnedLink},
+    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
+};
+use weir_common::metrics::{HOOKS, Hook};
+
+use super::DatapathError;
+
+/// Priority of our filters: after those that others insist on having first.
+const PRIORITY: u16 = 0x5765;
+/// Handle of our filters.
+const HANDLE: TcHandle = TcHandle::new(0, 0x6972);
+
+/// How programs are attached.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum AttachMode {
+    /// tcx links (kernel 6.6).
+    Tcx,
+    /// Filters of a clsact qdisc.
+    Clsact,
+}
+
+impl AttachMode {
+    /// For people: `tcx`, `clsact`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+}
+
+/// A program on a device.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Attachment {
+    /// The program.
+    pub hook: Hook,
+    /// Interface index of the device.
+    pub ifindex: u32,
+    /// How.
+    pub mode: AttachMode,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Attacher {
+    pub folder: PathBuf,
+    pub mode: AttachMode,
+}
+
+impl Attacher {
+    /// Attaches, or replaces what an earlier agent attached.
+    pub fn attach(
+        &self,
+        program: &mut SchedClassifier,
+        hook: Hook,
+        ifindex: u32,
+        device: &str,
+    ) -> Result<(), DatapathError> {
+        let failed = |source: io::Error| DatapathError::Attach {
+            program: hook.name(),
+            device: device.to_owned(),
+            ifindex,
+            source,
+        };
+        // aya takes names, and a name can have gone to another device since it was looked up.
+        let found = nix::net::if_::if_nametoindex(device).map_err(|error| failed(error.into()))?;
+        if found != ifindex {
+            return Err(failed(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("the name now belongs to the device with index {found}"),
+            )));
+        }
+        match self.mode {
+            AttachMode::Tcx => self.attach_tcx(program, hook, ifindex, device),
+            AttachMode::Clsact => self.attach_clsact(program, hook, ifindex, device),
+        }
+        .map_err(failed)
+    }
+
+    fn attach_tcx(
+        &self,
+        program: &mut SchedClassifier,
+        hook: Hook,
+        ifindex: u32,
+        device: &str,
+    ) -> io::Result<()> {
+        let path = self.path(hook, ifindex);
+        if path.exists() {
+            match replace(program, &path) {
+                Ok(()) => return Ok(()),
+                // The link's device is gone and its index has been given to another, or the file
+                // is a leftover of the other mode.
+                Err(error) => {
+                    tracing::debug!(%error, pin = %path.display(), "pinned link is of no use");
+                    self.detach_one(hook, ifindex)?;
+                }
+            }
+        }
+        let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+        let link = program
+            .attach_with_options(device, attach_type(hook), options)
+            .and_then(|id| program.take_link(id))
+            .map_err(program_error)?;
+        FdLink::try_from(link)
+            .map_err(io::Error::other)?
+            .pin(&path)
+            .map_err(io::Error::other)?;
+        Ok(())
+    }
+
+    fn attach_clsact(
+        &self,
+        program: &mut SchedClassifier,
+        hook: Hook,
+        ifindex: u32,
+        device: &str,
+    ) -> io::Result<()> {
+        // Fails if it is there; if it is not there afterwards, attaching says so.
+        let qdisc = tc::qdisc_add_clsact(device);
+        let old = SchedClassifierLink::attached(device, attach_type(hook), PRIORITY, HANDLE, None)?;
+        let replaced = program.attach_to_link(old);
+        let id = match replaced {
+            Ok(id) => id,
+            Err(_) => program
+                .attach_with_options(
+                    device,
+                    attach_type(hook),
+                    TcAttachOptions::Netlink(NlOptions {
+                        priority: PRIORITY,
+                        handle: HANDLE,
+                        classid: None,
+                    }),
+                )
+                .map_err(|error| match &qdisc {
+                    Ok(()) => program_error(error),
+                    Err(cause) => io::Error::other(format!("{error} (adding clsact: {cause})")),
+                })?,
+        };
+        let link = program.take_link(id).map_err(program_error)?;
+        // Dropping it would detach; the filter is to outlive the agent.
+        mem::forget(link);
+        let path = self.path(hook, ifindex);
+        if path.exists() {
+            fs::remove_file(&path)?;
+        }
+        program.pin(&path).map_err(io::Error::other)
+    }
+
+    /// Detaches every program from a device, also from one that is gone.
+    pub fn detach(&self, ifindex: u32) -> Result<(), DatapathError> {
+        for hook in HOOKS {
+            let path = self.path(hook, ifindex);
+            if path.exists() {
+                self.detach_one(hook, ifindex)
+                    .map_err(|error| DatapathError::pin(&path, error))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn detach_one(&self, hook: Hook, ifindex: u32) -> io::Result<()> {
+        let path = self.path(hook, ifindex);
+        if mode_of(&path) == AttachMode::Clsact
+            && let Ok(device) = nix::net::if_::if_indextoname(ifindex)
+        {
+            let device = device.to_string_lossy();
+            let link =
+                SchedClassifierLink::attached(&device, attach_type(hook), PRIORITY, HANDLE, None)?;
+            // It fails when the qdisc has been removed, and the filter with it.
+            if let Err(error) = link.detach() {
+                tracing::debug!(%error, %device, "filter was not there");
+            }
+        }
+        fs::remove_file(path)
+    }
+
+    /// What is attached, by the pins.
+    pub fn attachments(&self) -> Result<Vec<Attachment>, DatapathError> {
+        let entries =
+            fs::read_dir(&self.folder).map_err(|error| DatapathError::pin(&self.folder, error))?;
+        let mut found: Vec<Attachment> = entries
+            .filter_map(|entry| {
+                let entry = entry.ok()?;
+                let name = entry.file_name();
+                let (program, ifindex) = name.to_str()?.rsplit_once('-')?;
+                Some(Attachment {
+                    hook: HOOKS.into_iter().find(|hook| hook.name() == program)?,
+                    ifindex: ifindex.parse().ok()?,
+                    mode: mode_of(&entry.path()),
+                })
+            })
+            .collect();
+        found.sort_by_key(|attachment| (attachment.ifindex, attachment.hook));
+        Ok(found)
+    }
+
+    /// Detaches from devices that are not in `keep` and forgets those that are gone. The indices
+    /// swept.
+    pub fn sweep(&self, keep: &BTreeSet<u32>) -> Result<BTreeSet<u32>, DatapathError> {
+        let stale: BTreeSet<u32> = self
+            .attachments()?
+            .into_iter()
+            .map(|attachment| attachment.ifindex)
+            .filter(|ifindex| {
+                !keep.contains(ifindex) || nix::net::if_::if_indextoname(*ifindex).is_err()
+            })
+            .collect();
+        for ifindex in &stale {
+            self.detach(*ifindex)?;
+        }
+        Ok(stale)
+    }
+
+    fn path(&self, hook: Hook, ifindex: u32) -> PathBuf {
+        self.folder.join(format!("{}-{ifindex}", hook.name()))
+    }
+}
+
+/// Puts `program` in the place of the one in a pinned link; packets see either.
+fn replace(program: &mut SchedClassifier, path: &Path) -> io::Result<()> {
+    let link = PinnedLink::from_pin(path).map_err(io::Error::other)?;
+    let link = SchedClassifierLink::try_from(FdLink::from(link)).map_err(io::Error::other)?;
+    let id = program.attach_to_link(link).map_err(program_error)?;
+    // The pin holds the link; our descriptor is not needed.
+    program.take_link(id).map(drop).map_err(program_error)
+}
+
+/// What the file pins: a link, or (clsact) a program.
+fn mode_of(path: &Path) -> AttachMode {
+    let is_link = PinnedLink::from_pin(path)
+        .ok()
+        .is_some_and(|link| FdLink::from(link).info().is_ok());
+    if is_link {
+        AttachMode::Tcx
+    } else {
+        AttachMode::Clsact
+    }
+}
+
+fn attach_type(hook: Hook) -> TcAttachType {
+    match hook {
+        Hook::FromPod | Hook::FromNetdev => TcAttachType::Ingress,
+        Hook::ToPod | Hook::ToNetdev => TcAttachType::Egress,
+    }
+}
+
+fn program_error(error: ProgramError) -> io::Error {
+    match error {
+        ProgramError::SyscallError(error) => error.io_error,
+        other => io::Error::other(other),
+    }
+}

@@ -1,0 +1,171 @@
+//! From a folder in bpffs to loaded programs and opened maps.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Map, MapData, MapError},
+    programs::{ProgramError, SchedClassifier},
+};
+use nix::sys::statfs::{FsType, statfs};
+use weir_common::metrics::HOOKS;
+
+use super::{
+    DatapathError, DatapathOptions,
+    layout::{self, Migration},
+    object, probe,
+    sys::RawMap,
+};
+
+/// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
+const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+
+/// Loaded programs, and maps by name.
+pub(super) struct Loaded {
+    pub ebpf: Ebpf,
+    pub migrations: Vec<Migration>,
+    pub links: PathBuf,
+}
+
+/// Makes the folders, replaces pins that do not fit, loads the object and its programs.
+pub(super) fn load(object: &[u8], options: &DatapathOptions) -> Result<Loaded, DatapathError> {
+    check_bpffs(&options.bpf_root)?;
+    let maps = options.bpf_root.join("maps");
+    let links = options.bpf_root.join("links");
+    for folder in [&maps, &links] {
+        fs::create_dir_all(folder).map_err(|error| DatapathError::pin(folder, error))?;
+    }
+
+    let shapes = object::shapes(object, options)?;
+    let plan = layout::prepare(&maps, &shapes)?;
+
+    let csum_ipv6_flag = probe::csum_ipv6_flag().unwrap_or_else(|error| {
+        tracing::debug!(%error, "cannot tell whether bpf_l4_csum_replace takes BPF_F_IPV6");
+        0
+    });
+    let count_lookups = u8::from(options.count_lookups);
+    let mut loader = EbpfLoader::new();
+    loader
+        // The programs read no kernel structures.
+        .btf(None)
+        .override_global("MARK_SHIFT", &options.mark_shift, true)
+        .override_global("COUNT_LOOKUPS", &count_lookups, true)
+        .override_global("CSUM_IPV6_FLAG", &csum_ipv6_flag, true);
+    for shape in &shapes {
+        loader.map_pin_path(shape.name.as_str(), maps.join(&shape.name));
+    }
+    for (name, entries) in object::sizes(options) {
+        loader.map_max_entries(name, entries);
+    }
+    let mut ebpf = loader
+        .load(object)
+        .map_err(|error| DatapathError::Load(Box::new(error)))?;
+    let migrations = plan.carry_over(&maps)?;
+
+    for name in HOOKS.map(|hook| hook.name()) {
+        program(&mut ebpf, name)?
+            .load()
+            .map_err(|error| refused(name, error))?;
+    }
+    Ok(Loaded {
+        ebpf,
+        migrations,
+        links,
+    })
+}
+
+impl Loaded {
+    /// Takes a map out, as the type that it has.
+    pub fn map<M>(&mut self, name: &'static str) -> Result<M, DatapathError>
+    where
+        M: TryFrom<Map, Error = MapError>,
+    {
+        let wrong = |cause: String| DatapathError::Object(format!("map {name}: {cause}"));
+        self.ebpf
+            .take_map(name)
+            .ok_or_else(|| wrong("is missing".into()))?
+            .try_into()
+            .map_err(|error: MapError| wrong(error.to_string()))
+    }
+
+    /// A second handle on a map that has not been taken yet.
+    pub fn raw(&self, name: &'static str) -> Result<RawMap, DatapathError> {
+        self.with_data(name, RawMap::new)
+    }
+
+    /// Calls `open` with a map that has not been taken yet.
+    pub fn with_data<T>(
+        &self,
+        name: &'static str,
+        open: impl FnOnce(&MapData) -> io::Result<T>,
+    ) -> Result<T, DatapathError> {
+        let map = self
+            .ebpf
+            .map(name)
+            .ok_or_else(|| DatapathError::Object(format!("has no map {name}")))?;
+        let data = match map {
+            Map::Array(data)
+            | Map::ArrayOfMaps(data)
+            | Map::HashMap(data)
+            | Map::LpmTrie(data)
+            | Map::LruHashMap(data)
+            | Map::PerCpuArray(data)
+            | Map::RingBuf(data) => data,
+            _ => {
+                return Err(DatapathError::Object(format!(
+                    "map {name} is of a type that is not expected"
+                )));
+            }
+        };
+        open(data).map_err(|source| DatapathError::Map { name, source })
+    }
+}
+
+/// A program of the object.
+pub(super) fn program<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, DatapathError> {
+    ebpf.program_mut(name)
+        .ok_or_else(|| DatapathError::Object(format!("has no program {name}")))?
+        .try_into()
+        .map_err(|error| DatapathError::Object(format!("program {name}: {error}")))
+}
+
+fn refused(program: &'static str, error: ProgramError) -> DatapathError {
+    let (source, log) = match error {
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => (io_error, verifier_log.to_string()),
+        other => (io::Error::other(other), String::new()),
+    };
+    // The cause stands at the end of what can be megabytes.
+    let lines: Vec<&str> = log.lines().rev().take(30).collect();
+    DatapathError::Verifier {
+        program,
+        source,
+        log: lines.into_iter().rev().collect::<Vec<_>>().join("\n"),
+    }
+}
+
+/// Pins need a BPF file system; the nearest folder that exists tells which one it is.
+fn check_bpffs(root: &Path) -> Result<(), DatapathError> {
+    let existing = root
+        .ancestors()
+        .find(|folder| folder.exists())
+        .unwrap_or(Path::new("/"));
+    let kind = statfs(existing)
+        .map_err(|error| DatapathError::pin(existing, error.into()))?
+        .filesystem_type();
+    if kind == BPF_FS_MAGIC {
+        Ok(())
+    } else {
+        Err(DatapathError::NoBpffs {
+            root: root.to_path_buf(),
+        })
+    }
+}

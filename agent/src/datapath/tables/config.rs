@@ -1,0 +1,315 @@
+//! The writer of `CONFIG`: what the programs know of this node. It also says where in
+//! `LOCAL_ADDRESSES_*` the addresses of a pod range stand; that place is kept while the range is
+//! configured, over restarts too.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use aya::maps::{Array, MapData};
+use ipnet::IpNet;
+use weir_common::{
+    ABI_VERSION, Ipv4, Ipv6,
+    address::Address,
+    config::{self, Config, PodRange},
+    flow::Timeouts,
+    limits::{LOCAL_ADDRESSES_MAX, POD_RANGES_MAX},
+};
+
+use super::{TableError, io_error};
+use crate::objects::Family;
+
+const MAP: &str = "CONFIG";
+
+/// The most addresses of one range that pods can have, so that every range finds its place.
+const USABLE_MAX: u32 = LOCAL_ADDRESSES_MAX / POD_RANGES_MAX as u32;
+
+/// Number of addresses of a pod range, counted from its first, that pods can have. IPAM hands
+/// out no others.
+#[must_use]
+pub fn usable_addresses(range: IpNet) -> u32 {
+    let bits = range.max_prefix_len() - range.prefix_len();
+    1u32.checked_shl(u32::from(bits))
+        .filter(|&all| all != 0 && bits < 32)
+        .map_or(USABLE_MAX, |all| all.min(USABLE_MAX))
+}
+
+/// What can be configured while the programs run.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct NodeConfig {
+    /// Ranges that this node's pods have addresses of: the Node's pod CIDRs, and older ones as
+    /// long as pods live in them. At most four of a family.
+    pub pod_ranges: Vec<IpNet>,
+    /// Source address of hairpin traffic, IPv4.
+    pub loopback_v4: Ipv4Addr,
+    /// Source address of hairpin traffic, IPv6.
+    pub loopback_v6: Ipv6Addr,
+    /// Address of this node from which ICMP errors are sent to the outside, IPv4.
+    pub node_v4: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    pub node_v6: Option<Ipv6Addr>,
+    /// Gateway of the pods, IPv4.
+    pub gateway_v4: Ipv4Addr,
+    /// Gateway of the pods, IPv6.
+    pub gateway_v6: Ipv6Addr,
+    /// First source port for connections whose own port is taken.
+    pub nat_port_first: u16,
+    /// Number of such ports.
+    pub nat_port_count: u16,
+    /// Idle times of connections.
+    pub timeouts: Timeouts,
+}
+
+impl Default for NodeConfig {
+    fn default() -> Self {
+        Self {
+            pod_ranges: Vec::new(),
+            loopback_v4: config::LOOPBACK_V4.into(),
+            loopback_v6: config::LOOPBACK_V6.into(),
+            node_v4: None,
+            node_v6: None,
+            gateway_v4: config::GATEWAY_V4.into(),
+            gateway_v6: config::GATEWAY_V6.into(),
+            nat_port_first: config::NAT_PORT_FIRST,
+            nat_port_count: config::NAT_PORT_COUNT,
+            timeouts: Timeouts::DEFAULT,
+        }
+    }
+}
+
+/// See the module.
+pub struct ConfigTable {
+    map: Array<MapData, Config>,
+    row: Config,
+    connections: u32,
+}
+
+impl ConfigTable {
+    /// Reads the row.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn open(map: Array<MapData, Config>, connections: u32) -> Result<Self, TableError> {
+        let row = map
+            .get(&0, 0)
+            .map_err(|error| TableError::kernel(MAP, "row 0", io_error(error)))?;
+        Ok(Self {
+            map,
+            row,
+            connections,
+        })
+    }
+
+    /// Writes the configuration. A range that stays keeps its place; the places of ranges that
+    /// are gone become free, so their pods must be removed before.
+    ///
+    /// # Errors
+    ///
+    /// More than four ranges of a family, ranges that overlap, or the kernel's.
+    pub fn apply(&mut self, config: &NodeConfig) -> Result<(), TableError> {
+        let mut v4: Vec<(Ipv4, Ipv4, u32)> = Vec::new();
+        let mut v6: Vec<(Ipv6, Ipv6, u32)> = Vec::new();
+        for (at, range) in config.pod_ranges.iter().enumerate() {
+            if let Some(other) = config.pod_ranges[..at]
+                .iter()
+                .find(|other| other.contains(range) || range.contains(*other))
+            {
+                return Err(TableError::Invalid(format!(
+                    "pod ranges {other} and {range} overlap: give each address to one range"
+                )));
+            }
+            let usable = usable_addresses(*range);
+            match range.trunc() {
+                IpNet::V4(net) => v4.push((net.network().into(), net.netmask().into(), usable)),
+                IpNet::V6(net) => v6.push((net.network().into(), net.netmask().into(), usable)),
+            }
+        }
+        let row = Config {
+            abi_version: ABI_VERSION,
+            flags: self.row.flags,
+            loopback_v4: config.loopback_v4.into(),
+            loopback_v6: config.loopback_v6.into(),
+            gateway_v4: config.gateway_v4.into(),
+            gateway_v6: config.gateway_v6.into(),
+            nat_port_first: config.nat_port_first,
+            nat_port_count: config.nat_port_count,
+            connections: self.connections,
+            timeouts: config.timeouts,
+            node_v4: config.node_v4.map(Into::into).unwrap_or_default(),
+            node_v6: config.node_v6.map(Into::into).unwrap_or_default(),
+            pod_ranges_v4: place(&v4, &self.row.pod_ranges_v4)?,
+            pod_ranges_v6: place(&v6, &self.row.pod_ranges_v6)?,
+        };
+        self.write(row)
+    }
+
+    /// Whether the programs send an event for every new flow too.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn set_new_flow_events(&mut self, on: bool) -> Result<(), TableError> {
+        let mut row = self.row;
+        if on {
+            row.flags |= config::flag::EVENT_NEW_FLOW;
+        } else {
+            row.flags &= !config::flag::EVENT_NEW_FLOW;
+        }
+        self.write(row)
+    }
+
+    /// The row in the kernel.
+    #[must_use]
+    pub fn row(&self) -> &Config {
+        &self.row
+    }
+
+    /// The row of `LOCAL_ADDRESSES_V4` or `_V6` where a pod's address stands; `None` if no range
+    /// has it among its usable addresses.
+    #[must_use]
+    pub fn local_index(&self, address: IpAddr) -> Option<(Family, u32)> {
+        let index = match address {
+            IpAddr::V4(v4) => index_in(&self.row.pod_ranges_v4, v4.into(), |a: Ipv4| {
+                u128::from(u32::from_be_bytes(a.0))
+            }),
+            IpAddr::V6(v6) => index_in(&self.row.pod_ranges_v6, v6.into(), |a: Ipv6| {
+                u128::from_be_bytes(a.0)
+            }),
+        };
+        index.map(|index| (Family::of(address), index))
+    }
+
+    fn write(&mut self, row: Config) -> Result<(), TableError> {
+        if row != self.row {
+            self.map
+                .set(0, row, 0)
+                .map_err(|error| TableError::kernel(MAP, "row 0", io_error(error)))?;
+            self.row = row;
+        }
+        Ok(())
+    }
+}
+
+fn index_in<A: Address>(
+    ranges: &[PodRange<A>; POD_RANGES_MAX],
+    address: A,
+    value: impl Fn(A) -> u128,
+) -> Option<u32> {
+    ranges
+        .iter()
+        .filter(|range| range.is_used() && value(address) & value(range.mask) == value(range.base))
+        .find_map(|range| {
+            let offset = u32::try_from(value(address) - value(range.base)).ok()?;
+            (offset < range.length).then_some(range.first_index + offset)
+        })
+}
+
+/// Gives each wanted range (base, mask, length) a place; those that had one keep it.
+fn place<A: Address>(
+    wanted: &[(A, A, u32)],
+    old: &[PodRange<A>; POD_RANGES_MAX],
+) -> Result<[PodRange<A>; POD_RANGES_MAX], TableError> {
+    if wanted.len() > POD_RANGES_MAX {
+        return Err(TableError::Invalid(format!(
+            "{} pod ranges of one family, at most {POD_RANGES_MAX} are possible",
+            wanted.len()
+        )));
+    }
+    let kept = |(base, mask, length): (A, A, u32)| {
+        old.iter()
+            .find(|o| o.is_used() && o.base == base && o.mask == mask && o.length == length)
+    };
+    let mut taken: Vec<(u32, u32)> = wanted
+        .iter()
+        .filter_map(|range| kept(*range))
+        .map(|range| (range.first_index, range.length))
+        .collect();
+    let mut rows = [PodRange::default(); POD_RANGES_MAX];
+    for (row, &(base, mask, length)) in rows.iter_mut().zip(wanted) {
+        let first_index = match kept((base, mask, length)) {
+            Some(range) => range.first_index,
+            None => {
+                let first = first_gap(&mut taken, length).ok_or_else(|| {
+                    TableError::Invalid(format!(
+                        "no room for {length} addresses among {LOCAL_ADDRESSES_MAX} while older \
+                         pod ranges are in use"
+                    ))
+                })?;
+                taken.push((first, length));
+                first
+            }
+        };
+        *row = PodRange {
+            base,
+            mask,
+            length,
+            first_index,
+        };
+    }
+    Ok(rows)
+}
+
+/// The lowest index from which `length` rows are in none of `taken` (index, length).
+fn first_gap(taken: &mut [(u32, u32)], length: u32) -> Option<u32> {
+    taken.sort_unstable();
+    let mut start = 0;
+    for &mut (first, size) in taken {
+        if start + length <= first {
+            break;
+        }
+        start = start.max(first + size);
+    }
+    (start + length <= LOCAL_ADDRESSES_MAX).then_some(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(cidr: &str) -> (Ipv4, Ipv4, u32) {
+        let net: ipnet::Ipv4Net = cidr.parse().unwrap();
+        (
+            net.network().into(),
+            net.netmask().into(),
+            usable_addresses(net.into()),
+        )
+    }
+
+    #[test]
+    fn large_ranges_are_cut_to_a_quarter_of_the_table() {
+        for (cidr, usable) in [
+            ("10.0.0.0/24", 256),
+            ("10.0.0.0/32", 1),
+            ("10.0.0.0/8", 16_384),
+            ("0.0.0.0/0", 16_384),
+            ("fd00::/64", 16_384),
+            ("fd00::/112", 16_384),
+            ("fd00::/120", 256),
+        ] {
+            assert_eq!(usable_addresses(cidr.parse().unwrap()), usable, "{cidr}");
+        }
+    }
+
+    #[test]
+    fn a_range_keeps_its_place_while_others_come_and_go() {
+        let none = [PodRange::default(); POD_RANGES_MAX];
+        let (a, b, c) = (
+            range("10.0.0.0/24"),
+            range("10.1.0.0/16"),
+            range("10.2.0.0/25"),
+        );
+        let rows = place(&[a, b], &none).unwrap();
+        assert_eq!((rows[0].first_index, rows[1].first_index), (0, 256));
+        let rows = place(&[b, c], &rows).unwrap();
+        assert_eq!((rows[0].first_index, rows[1].first_index), (256, 0));
+        let rows = place(&[a, c, b], &rows).unwrap();
+        assert_eq!(rows[2].first_index, 256, "kept");
+        assert_eq!(rows[1].first_index, 0, "kept");
+        assert_eq!(rows[0].first_index, 256 + 16_384, "the gap is too small");
+    }
+
+    #[test]
+    fn five_ranges_are_refused() {
+        let wanted: Vec<_> = (0..5).map(|i| range(&format!("10.{i}.0.0/24"))).collect();
+        assert!(place(&wanted, &[PodRange::default(); POD_RANGES_MAX]).is_err());
+    }
+}
