@@ -1,1 +1,500 @@
-//! x
+//! The event loop that owns everything: it takes changes from the source and the network, asks
+//! the model what should be, and has the datapath, the node manager and the endpoint manager make
+//! it so. It is the one caller of all of them, so nothing is shared and nothing is locked.
+//!
+//! What changed is only marked; [`apply`] works the marks off in small pieces, so that a pod that
+//! starts does not wait behind ten thousand Services. A row that fails is tried again with
+//! growing pauses and shown until it succeeds. Nothing is swept before the source is complete.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use tokio::{
+    sync::{mpsc, watch},
+    time::MissedTickBehavior,
+};
+use weir_common::{event::Event, metrics::outcome};
+
+use crate::{
+    api::{
+        Command, Core, Progress,
+        events::{self, EventHub},
+    },
+    datapath::{AppliedService, Datapath, EventReader, NodeConfig},
+    endpoint::{EndpointManager, boot_seconds},
+    model::{self, Model, ServicePortKey},
+    netlink::{Netlink, NetlinkEvent, sysctl::Sysctls},
+    node::{NodeManager, NodePlan, NodeSettings},
+    settings::{Settings, SourceSetting},
+    source::{Batch, SourceHandle, dir},
+};
+
+mod apply;
+pub mod cleanup;
+mod endpoints;
+pub mod names;
+pub mod rows;
+pub mod start;
+mod status;
+mod wiring;
+
+use names::{Clock, Names};
+use rows::{Phase, Row, Rows};
+
+/// Requests of the API that may wait.
+const COMMANDS: usize = 256;
+/// Events handled before other work gets its turn.
+const EVENTS_AT_ONCE: usize = 512;
+/// Batches of the source taken in before they are applied.
+const BATCHES_AT_ONCE: usize = 64;
+/// How often flows are aged and endpoints looked after.
+const TICK: Duration = Duration::from_secs(1);
+/// Ticks between two looks at the endpoints.
+const ENDPOINT_TICKS: u32 = 5;
+/// Entries of the flow table looked at in one tick.
+const FLOWS_PER_TICK: u32 = 16_384;
+
+/// What the source has said, beside its objects.
+#[derive(Debug, Default)]
+struct SourceState {
+    revision: u64,
+    synced: bool,
+    errors: Vec<String>,
+}
+
+/// The agent.
+#[derive(Debug)]
+pub struct Agent {
+    settings: Settings,
+    started: Instant,
+    source: SourceHandle,
+    source_state: SourceState,
+    model: Model,
+    rows: Rows,
+    datapath: Datapath,
+    ring: EventReader,
+    /// Identifiers of the programs, by the number of their hook.
+    program_ids: Vec<u32>,
+    config: NodeConfig,
+    late: Late,
+    netlink: Netlink,
+    network: mpsc::Receiver<NetlinkEvent>,
+    nodes: NodeManager,
+    /// As the model has them, in the form that the node manager wants.
+    node_objects: BTreeMap<String, model::Node>,
+    plan: NodePlan,
+    /// The plan was made with the complete list of nodes.
+    plan_is_complete: bool,
+    swept: bool,
+    sysctls: Sysctls,
+    endpoints: EndpointManager,
+    /// Where each Service port stands in the kernel.
+    applied: HashMap<ServicePortKey, AppliedService>,
+    /// Problems that came up at the start or outside of any row.
+    notes: Notes,
+    commands: mpsc::Receiver<Command>,
+    progress: watch::Sender<Progress>,
+    events: EventHub,
+    /// Names of the pods of this node; `None` when they must be gathered anew.
+    pod_names: Option<HashMap<IpAddr, String>>,
+    device_names: HashMap<u32, String>,
+    flow_events: bool,
+    events_lost: u64,
+    ticks: u32,
+}
+
+/// Problems that belong to no row.
+#[derive(Debug, Default)]
+struct Notes {
+    /// Found while the agent started.
+    start: Vec<String>,
+    /// Pod ranges that cannot be used.
+    ranges: Vec<String>,
+    /// Switches under `/proc/sys` that could not be set.
+    sysctls: Vec<String>,
+    /// Endpoints that the kernel refuses.
+    endpoints: Vec<String>,
+}
+
+impl Notes {
+    fn all(&self) -> impl Iterator<Item = &String> {
+        [&self.start, &self.ranges, &self.sysctls, &self.endpoints]
+            .into_iter()
+            .flatten()
+    }
+}
+
+/// After pinned maps had to be made anew, programs of an earlier agent go on with the old ones
+/// until they are replaced; they are replaced when the new maps hold everything.
+#[derive(Debug, Default)]
+struct Late {
+    /// Not yet.
+    waiting: bool,
+    /// Devices of pods, by interface index.
+    pods: BTreeMap<u32, String>,
+}
+
+/// What woke the loop.
+enum Wake {
+    Batch(Option<Batch>),
+    Command(Option<Command>),
+    Network(Option<NetlinkEvent>),
+    Event(std::io::Result<Event>),
+    Watchers,
+    Work,
+    Retry,
+    Tick,
+    Stop,
+}
+
+impl Agent {
+    /// Loads the datapath, takes over what an earlier agent left, and starts the source. Pods and
+    /// connections of an earlier agent are not interrupted.
+    ///
+    /// # Errors
+    ///
+    /// If anything cannot be started; what is in the kernel by then stays.
+    pub async fn start(settings: Settings) -> anyhow::Result<(Self, Core)> {
+        let started = Instant::now();
+        let netlink = Netlink::new().context("cannot open the netlink sockets")?;
+        let network = netlink.watch().await.context("cannot watch the network")?;
+        let mut datapath = Datapath::open(&start::datapath_options(&settings))
+            .context("cannot load the data path")?;
+        let ring = datapath
+            .take_events()
+            .context("cannot read the events of the kernel programs")?;
+        let SourceSetting::Directory(directory) = &settings.source;
+        let source = dir::spawn(directory)?;
+        let nodes = NodeManager::new(
+            settings.node_name.clone(),
+            NodeSettings {
+                devices: settings.devices.clone(),
+                mtu: settings.mtu.map(u32::from),
+            },
+        );
+        let endpoints = EndpointManager::new(
+            &settings.run_dir,
+            settings.address_rest.as_secs(),
+            settings.mtu.map_or(1500, u32::from),
+        )?;
+        let (command_sender, commands) = mpsc::channel(COMMANDS);
+        let (progress, progress_receiver) = watch::channel(Progress::default());
+        let events = EventHub::new();
+        let core = Core {
+            commands: command_sender,
+            progress: progress_receiver,
+            rescan: source.rescan.clone(),
+            events: events.clone(),
+        };
+        let config = NodeConfig {
+            timeouts: settings.timeouts,
+            ..NodeConfig::default()
+        };
+        let mut agent = Self {
+            sysctls: Sysctls::open(&settings.run_dir),
+            started,
+            source,
+            source_state: SourceState::default(),
+            model: Model::new(),
+            rows: Rows::default(),
+            program_ids: start::program_ids(&mut datapath),
+            late: start::late(&datapath),
+            datapath,
+            ring,
+            config,
+            netlink,
+            network,
+            nodes,
+            node_objects: BTreeMap::new(),
+            plan: NodePlan::default(),
+            plan_is_complete: false,
+            swept: false,
+            endpoints,
+            applied: HashMap::new(),
+            notes: Notes::default(),
+            commands,
+            progress,
+            events,
+            pod_names: None,
+            device_names: HashMap::new(),
+            flow_events: false,
+            events_lost: 0,
+            ticks: 0,
+            settings,
+        };
+        agent.take_over().await?;
+        Ok((agent, core))
+    }
+
+    /// Runs until `stop` is ready. The kernel keeps everything then.
+    ///
+    /// # Errors
+    ///
+    /// If the source or the events of the kernel end, which they never should.
+    pub async fn run(&mut self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let mut stop = std::pin::pin!(stop);
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let due = self.rows.next_due();
+            let events = self.events.clone();
+            let wake = tokio::select! {
+                () = &mut stop => Wake::Stop,
+                command = self.commands.recv() => Wake::Command(command),
+                batch = self.source.batches.recv() => Wake::Batch(batch),
+                event = self.network.recv() => Wake::Network(event),
+                event = self.ring.next() => Wake::Event(event),
+                () = events.watchers_changed() => Wake::Watchers,
+                () = std::future::ready(()), if self.rows.is_waiting() => Wake::Work,
+                () = sleep_until(due) => Wake::Retry,
+                _ = tick.tick() => Wake::Tick,
+            };
+            match wake {
+                Wake::Stop | Wake::Command(None) => return Ok(()),
+                Wake::Command(Some(command)) => self.command(command).await,
+                Wake::Batch(batch) => {
+                    let batch = batch.context("the source of objects has stopped")?;
+                    self.take_batches(batch);
+                }
+                Wake::Network(event) => {
+                    let event = event.context("the watch of the network has stopped")?;
+                    self.network_changed(event).await;
+                }
+                Wake::Event(event) => {
+                    let event = event.context("cannot read the events of the kernel programs")?;
+                    self.tell(event);
+                }
+                Wake::Watchers => self.switch_flow_events(),
+                Wake::Work => self.work().await,
+                Wake::Retry => {
+                    for row in self.rows.due(Instant::now()) {
+                        self.mark(row);
+                    }
+                }
+                Wake::Tick => self.tick().await,
+            }
+            self.publish_progress();
+        }
+    }
+
+    fn take_batches(&mut self, first: Batch) {
+        let was_synced = self.source_state.synced;
+        let mut batch = first;
+        for _ in 0..BATCHES_AT_ONCE {
+            for change in batch.changes {
+                self.model.apply(change);
+            }
+            self.source_state.revision = batch.revision;
+            self.source_state.synced |= batch.synced;
+            self.source_state.errors = batch.errors;
+            match self.source.batches.try_recv() {
+                Ok(next) => batch = next,
+                Err(_) => break,
+            }
+        }
+        let delta = self.model.take_delta();
+        for (name, node) in delta.nodes {
+            match node {
+                Some(node) => self.node_objects.insert(name, node),
+                None => self.node_objects.remove(&name),
+            };
+            self.mark(Row::Network);
+        }
+        if !self.source_state.synced {
+            // Services wait until all their endpoints are known; the model keeps them.
+            return;
+        }
+        let mut services: Vec<_> = delta.services.into_keys().collect();
+        if !was_synced {
+            services = self.model.services().map(|(key, _)| key.clone()).collect();
+            // Once more, now with the complete list, even if no node has changed.
+            self.mark(Row::Network);
+            self.mark(Row::Sweep);
+            tracing::info!(
+                revision = self.source_state.revision,
+                "the source is complete"
+            );
+        }
+        for key in services {
+            self.mark(Row::Service(Box::new(key)));
+        }
+    }
+
+    async fn network_changed(&mut self, event: NetlinkEvent) {
+        self.device_names.clear();
+        match event {
+            NetlinkEvent::Changed => self.mark(Row::Network),
+            NetlinkEvent::LinkRemoved(ifindex) => {
+                if self.plan.devices.contains_key(&ifindex) {
+                    self.mark(Row::Network);
+                }
+                let (endpoints, mut wiring) = self.endpoints_and_wiring();
+                match endpoints
+                    .link_removed(ifindex, &mut wiring, boot_seconds())
+                    .await
+                {
+                    Ok(None) => {}
+                    Ok(Some(spec)) => {
+                        tracing::info!(
+                            pod = spec.display_name(),
+                            device = spec.host_ifname,
+                            "the pod's device is gone, and so is the endpoint"
+                        );
+                        self.endpoints_changed();
+                    }
+                    // The endpoint manager keeps it and tries again.
+                    Err(error) => {
+                        tracing::warn!(%error, ifindex, "cannot remove the endpoint of a removed device");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Tells those who watch of an event, and of those that are there already. Without watchers
+    /// events are only taken from the ring.
+    fn tell(&mut self, first: Event) {
+        let watched = self.events.is_watched();
+        let clock = Clock::now();
+        let mut next = Some(first);
+        for _ in 0..EVENTS_AT_ONCE {
+            let Some(event) = next else { break };
+            if watched {
+                let device = self.device_name(event.ifindex);
+                let pods = self
+                    .pod_names
+                    .get_or_insert_with(|| pod_names(&self.endpoints));
+                let model = &self.model;
+                self.events
+                    .send(Names { model, pods }.describe(&event, device, clock));
+            }
+            next = self.ring.try_next();
+        }
+        if let (true, Some(event)) = (watched, next) {
+            // The last one taken; those still in the ring wake the loop again.
+            let device = self.device_name(event.ifindex);
+            let pods = self
+                .pod_names
+                .get_or_insert_with(|| pod_names(&self.endpoints));
+            let model = &self.model;
+            self.events
+                .send(Names { model, pods }.describe(&event, device, clock));
+        }
+    }
+
+    fn device_name(&mut self, ifindex: u32) -> String {
+        let name = || {
+            nix::net::if_::if_indextoname(ifindex)
+                .ok()
+                .and_then(|name| name.into_string().ok())
+                .filter(|name| !name.is_empty())
+                .unwrap_or_else(|| format!("#{ifindex}"))
+        };
+        self.device_names
+            .entry(ifindex)
+            .or_insert_with(name)
+            .clone()
+    }
+
+    /// New flows are told of only while someone wants to hear of them.
+    fn switch_flow_events(&mut self) {
+        let on = self.events.wants_flows();
+        if on == self.flow_events {
+            return;
+        }
+        match self.datapath.config_mut().set_new_flow_events(on) {
+            Ok(()) => self.flow_events = on,
+            Err(error) => tracing::warn!(%error, on, "cannot switch the events for new flows"),
+        }
+    }
+
+    async fn tick(&mut self) {
+        self.ticks = self.ticks.wrapping_add(1);
+        match self.datapath.sweep_flows(FLOWS_PER_TICK) {
+            Ok(report) if report.removed > 0 => {
+                tracing::debug!(removed = report.removed, "aged flows");
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "cannot age the flow table"),
+        }
+        self.switch_flow_events();
+        self.tell_lost_events();
+        if self.ticks.is_multiple_of(ENDPOINT_TICKS) {
+            let before = self.endpoints.list().len();
+            let (endpoints, mut wiring) = self.endpoints_and_wiring();
+            let errors = endpoints.tick(&mut wiring, boot_seconds()).await;
+            self.notes.endpoints = errors.into_iter().map(|error| error.message).collect();
+            if self.endpoints.list().len() != before {
+                self.endpoints_changed();
+            }
+        }
+    }
+
+    fn tell_lost_events(&mut self) {
+        let Ok(counter) = self.datapath.counters().outcome(outcome::EVENT_LOST) else {
+            return;
+        };
+        let lost = counter.packets.saturating_sub(self.events_lost);
+        self.events_lost = counter.packets;
+        if lost > 0 && self.events.is_watched() {
+            self.events.send(events::lost(lost));
+        }
+    }
+
+    fn publish_progress(&mut self) {
+        let state = &self.source_state;
+        let done = state.synced && self.rows.is_clean();
+        let missing = if done { Vec::new() } else { self.missing() };
+        self.progress.send_if_modified(|progress| {
+            let applied = if done {
+                state.revision
+            } else {
+                progress.applied
+            };
+            let now = Progress {
+                revision: state.revision,
+                applied,
+                missing,
+            };
+            let changed = *progress != now;
+            *progress = now;
+            changed
+        });
+    }
+
+    /// What keeps the source's last revision from being applied.
+    fn missing(&self) -> Vec<String> {
+        let mut missing = Vec::new();
+        if !self.source_state.synced {
+            missing.push("the source is not complete yet".to_owned());
+        }
+        let failed = self.rows.failed();
+        missing.extend(failed.map(|(row, failure)| format!("{row}: {}", failure.error)));
+        missing
+    }
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Addresses of the pods of this node with the names of the pods.
+fn pod_names(endpoints: &EndpointManager) -> HashMap<IpAddr, String> {
+    endpoints
+        .list()
+        .flat_map(|endpoint| {
+            let spec = &endpoint.spec;
+            let name = spec.display_name();
+            spec.addresses
+                .iter()
+                .map(move |address| (*address, name.clone()))
+        })
+        .collect()
+}

@@ -9,6 +9,8 @@ pub mod api;
 pub mod datapath;
 pub mod endpoint;
 pub mod ipam;
+pub mod lock;
+pub mod logging;
 pub mod model;
 pub mod netlink;
 pub mod node;

@@ -1,2 +1,187 @@
-//! x
-fn main() {}
+//! `weir-agent`: reads the settings, checks the machine, keeps a second agent off, and runs the
+//! event loop beside the gRPC server until it is told to stop. It leaves everything in the kernel:
+//! pods and connections do not notice.
+
+use std::{
+    env,
+    io::{self, Write as _},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use clap::{Arg, ArgMatches, Command};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::LocalSet,
+};
+use weir_agent::{
+    agent::{
+        Agent,
+        cleanup::cleanup,
+        start::{check_machine, make_directories},
+    },
+    api,
+    lock::AgentLock,
+    logging,
+    settings::{CONFIG_FLAG, CONFIG_VARIABLE, Settings, Values, definitions},
+};
+
+/// How long calls under way may take after the signal to stop.
+const GRACE: Duration = Duration::from_secs(1);
+
+fn main() -> ExitCode {
+    let matches = match arguments().try_get_matches() {
+        Ok(matches) => matches,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() {
+                ExitCode::FAILURE
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    match run(&matches) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "weir-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn arguments() -> Command {
+    let settings = definitions::ALL.iter().map(|definition| {
+        let variable = definition.environment_variable();
+        let default = match definition.default {
+            Some(default) => format!(" [default: {default}]"),
+            None => String::new(),
+        };
+        Arg::new(definition.name)
+            .long(definition.name)
+            .value_name(definition.value_name)
+            .help(format!("{}{default} [env: {variable}]", definition.help))
+            .global(true)
+    });
+    Command::new("weir-agent")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("The node agent of Weir: turns Kubernetes objects into BPF maps")
+        .after_help(
+            "Each setting is a flag, an environment variable, or a key of the YAML file of --config: \
+             a flag beats a variable, a variable the file.",
+        )
+        .arg(
+            Arg::new(CONFIG_FLAG)
+                .long(CONFIG_FLAG)
+                .value_name("FILE")
+                .help(format!("YAML file with settings, by their names [env: {CONFIG_VARIABLE}]"))
+                .global(true),
+        )
+        .args(settings)
+        .subcommand(
+            Command::new("settings").about("Shows the settings in force and where each comes from"),
+        )
+        .subcommand(Command::new("cleanup").about(
+            "Removes Weir from this node: programs, pins, routes, changed sysctls and the state in \
+             the run directory. Pods that still run lose their network",
+        ))
+}
+
+fn run(matches: &ArgMatches) -> anyhow::Result<()> {
+    let (command, matches) = match matches.subcommand() {
+        Some((command, matches)) => (Some(command), matches),
+        None => (None, matches),
+    };
+    let flag = |name: &str| matches.get_one::<String>(name).cloned();
+    let mut values = Values::gather(flag, |name| env::var(name).ok())?;
+    if command == Some("cleanup") {
+        values.without_source();
+    }
+    let settings = values.check()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    match command {
+        Some("settings") => {
+            let written = io::stdout().write_all(values.table(&settings).as_bytes());
+            match written {
+                // `weir-agent settings | head` is no error.
+                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+                _ => Ok(()),
+            }
+        }
+        Some("cleanup") => runtime.block_on(clean(&settings)),
+        _ => {
+            logging::initialise(&settings.log, settings.log_format)?;
+            LocalSet::new().block_on(&runtime, serve(settings))
+        }
+    }
+}
+
+async fn clean(settings: &Settings) -> anyhow::Result<()> {
+    check_machine(settings)?;
+    make_directories(settings)?;
+    let _lock = AgentLock::acquire(&settings.run_dir, &settings.bpf_root)?;
+    cleanup(settings, |line| {
+        let _ = writeln!(io::stdout(), "{line}");
+    })
+    .await
+}
+
+async fn serve(settings: Settings) -> anyhow::Result<()> {
+    check_machine(&settings)?;
+    make_directories(&settings)?;
+    let _lock = AgentLock::acquire(&settings.run_dir, &settings.bpf_root)?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = settings.node_name,
+        source = %settings.source,
+        bpf_root = %settings.bpf_root.display(),
+        "weir-agent starts"
+    );
+    let stop = stop_signal()?;
+    let socket = settings.run_dir.join("agent.sock");
+    let (mut agent, core) = Agent::start(settings).await?;
+    let listener = api::bind(&socket)
+        .with_context(|| format!("cannot serve on the socket {}", socket.display()))?;
+    tracing::info!(socket = %socket.display(), "serving");
+
+    let server = api::serve(listener, core, stopped(stop.clone()));
+    let mut server = tokio::task::spawn_local(server);
+    let outcome = agent.run(stopped(stop)).await;
+    // Those who watch would stay for ever; what is under way gets a moment.
+    drop(agent);
+    if tokio::time::timeout(GRACE, &mut server).await.is_err() {
+        server.abort();
+    }
+    if outcome.is_ok() {
+        let _ = std::fs::remove_file(&socket);
+        tracing::info!("weir-agent stops; pods and Services go on");
+    }
+    outcome
+}
+
+/// Turns true at SIGTERM or SIGINT.
+fn stop_signal() -> anyhow::Result<watch::Receiver<bool>> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let (sender, receiver) = watch::channel(false);
+    tokio::task::spawn_local(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        let _ = sender.send(true);
+        // Whoever waits for the sender to go waits for the end of the process.
+        std::future::pending::<()>().await;
+    });
+    Ok(receiver)
+}
+
+async fn stopped(mut stop: watch::Receiver<bool>) {
+    // The sender lives as long as the process.
+    let _ = stop.wait_for(|stop| *stop).await;
+}

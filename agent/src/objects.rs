@@ -1,6 +1,10 @@
 //! Kubernetes objects reduced to what Weir uses. Sources make them from `k8s-openapi` types as they are
 //! decoded, so that a large cluster is held in little memory; the model reads nothing else.
 
+mod convert;
+
+pub use convert::InvalidObject;
+
 use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
@@ -15,6 +19,9 @@ pub struct ObjectName {
 }
 
 impl ObjectName {
+    /// Namespace of objects that do not name one.
+    pub const DEFAULT_NAMESPACE: &'static str = "default";
+
     /// From its parts.
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
         Self {
@@ -45,6 +52,25 @@ pub enum Kind {
     Namespace,
 }
 
+impl Kind {
+    /// As Kubernetes writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+            Self::Node => "Node",
+            Self::Pod => "Pod",
+            Self::Namespace => "Namespace",
+        }
+    }
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// Identity of an object: its kind and name.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct ObjectKey {
@@ -52,6 +78,12 @@ pub struct ObjectKey {
     pub kind: Kind,
     /// Namespace and name.
     pub name: ObjectName,
+}
+
+impl std::fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.kind, self.name)
+    }
 }
 
 /// One object.
@@ -229,9 +261,9 @@ pub struct Node {
     pub name: ObjectName,
     /// `metadata.labels`.
     pub labels: BTreeMap<String, String>,
-    /// `status.addresses` of type InternalIP, then those of type ExternalIP.
+    /// `status.addresses` of type InternalIP.
     pub internal_ips: Vec<IpAddr>,
-    /// ExternalIP addresses.
+    /// `status.addresses` of type ExternalIP.
     pub external_ips: Vec<IpAddr>,
     /// `spec.podCIDRs` (or `podCIDR`), truncated to the network.
     pub pod_cidrs: Vec<IpNet>,
@@ -250,7 +282,7 @@ pub struct Pod {
     pub node: String,
     /// `spec.hostNetwork`.
     pub host_network: bool,
-    /// `status.podIPs`.
+    /// `status.podIPs` (or `podIP`). Empty once the pod has finished: the addresses may be another's.
     pub ips: Vec<IpAddr>,
 }
 

@@ -1,1 +1,596 @@
-//! x
+//! The agent's settings. Each can be given as a flag, as an environment variable or as a key of
+//! the YAML file named by `--config`; a flag beats a variable, a variable the file, the file the
+//! default. Nothing here touches the kernel: whether a path is a bpffs is checked at start-up.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use weir_common::flow::Timeouts;
+
+pub mod definitions;
+
+use definitions::{ALL, Definition};
+
+/// Name of the flag that names the YAML file.
+pub const CONFIG_FLAG: &str = "config";
+/// Name of the environment variable that names the YAML file.
+pub const CONFIG_VARIABLE: &str = "WEIR_CONFIG";
+
+/// The agent's settings, checked.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Settings {
+    /// Where objects come from.
+    pub source: SourceSetting,
+    /// Name of this node's Node object.
+    pub node_name: String,
+    /// Directory of the socket, the lock and the endpoint state.
+    pub run_dir: PathBuf,
+    /// Directory for pins.
+    pub bpf_root: PathBuf,
+    /// Mount point of cgroup2, if given.
+    pub cgroup_root: Option<PathBuf>,
+    /// Devices to attach to; empty: to be found.
+    pub devices: Vec<String>,
+    /// MTU of the pods' devices, bytes; `None`: to be found.
+    pub mtu: Option<u16>,
+    /// Four adjacent bits of the packet mark.
+    pub mark_mask: u32,
+    /// Connections of one family.
+    pub connections: u32,
+    /// Rows of `SERVICE_STATE`.
+    pub services_max: u32,
+    /// Rows of `BACKENDS`.
+    pub backends_max: u32,
+    /// How long a released address rests.
+    pub address_rest: Duration,
+    /// Idle times of connections.
+    pub timeouts: Timeouts,
+    /// Filter of the log, as `tracing_subscriber::EnvFilter` reads it.
+    pub log: String,
+    /// Format of the log.
+    pub log_format: LogFormat,
+}
+
+/// Where objects come from.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum SourceSetting {
+    /// A directory of YAML files.
+    Directory(PathBuf),
+}
+
+impl fmt::Display for SourceSetting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Directory(path) => write!(f, "dir:{}", path.display()),
+        }
+    }
+}
+
+/// Format of the log.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Where a value was given.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Origin {
+    /// A flag.
+    Flag,
+    /// An environment variable.
+    Environment,
+    /// The YAML file, with the line of the key.
+    File(PathBuf, usize),
+    /// Nowhere: the default.
+    Default,
+}
+
+/// A value with its origin.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Given {
+    /// The value as text.
+    pub value: String,
+    /// Where it was given.
+    pub origin: Origin,
+}
+
+impl Given {
+    /// The origin for people: `--mtu`, `WEIR_MTU`, `/etc/weir/agent.yaml:3`, `default`.
+    #[must_use]
+    pub fn place(&self, definition: &Definition) -> String {
+        match &self.origin {
+            Origin::Flag => format!("--{}", definition.name),
+            Origin::Environment => definition.environment_variable(),
+            Origin::File(path, line) => format!("{}:{line}", path.display()),
+            Origin::Default => "default".to_owned(),
+        }
+    }
+}
+
+/// Why the settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The file cannot be read.
+    #[error("cannot read the settings file {}: {cause}; --config must name a readable YAML file", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        cause: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("settings file {}: {cause}; it must be one YAML mapping from names of settings to values", path.display())]
+    NotAMapping {
+        /// The file.
+        path: PathBuf,
+        /// Cause, with line and column.
+        cause: String,
+    },
+    /// A key that is no setting.
+    #[error("unknown setting {key:?} in {}:{line}; {remedy}", path.display())]
+    UnknownKey {
+        /// The key.
+        key: String,
+        /// The file.
+        path: PathBuf,
+        /// Line of the key, from 1.
+        line: usize,
+        /// What to do.
+        remedy: String,
+    },
+    /// A setting that must be given and is not.
+    #[error(
+        "the setting {name} is required; give it as --{name}, as {variable} or as the key {name} of the settings file: {remedy}"
+    )]
+    Missing {
+        /// Name of the setting.
+        name: &'static str,
+        /// Environment variable.
+        variable: String,
+        /// What to give.
+        remedy: &'static str,
+    },
+    /// A value that cannot be used.
+    #[error("setting {name}: {value:?}, given by {place}: {problem}; {remedy}")]
+    Invalid {
+        /// Name of the setting.
+        name: &'static str,
+        /// The value.
+        value: String,
+        /// Where it was given.
+        place: String,
+        /// What is wrong with it.
+        problem: String,
+        /// What to do.
+        remedy: String,
+    },
+}
+
+/// The values of all settings that were given or have a default, as text.
+#[derive(Clone, Debug, Default)]
+pub struct Values {
+    given: BTreeMap<&'static str, Given>,
+}
+
+impl Values {
+    /// Gathers the values. `flag` and `variable` look a flag (without dashes) or an environment
+    /// variable up; an empty variable counts as not given, as manifests often have `value: ""`.
+    ///
+    /// # Errors
+    ///
+    /// [`SettingsError`] if the file cannot be read, is no mapping or has unknown keys.
+    pub fn gather(
+        flag: impl Fn(&str) -> Option<String>,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, SettingsError> {
+        let variable = |name: &str| variable(name).filter(|value| !value.is_empty());
+        let mut file = match flag(CONFIG_FLAG).or_else(|| variable(CONFIG_VARIABLE)) {
+            Some(path) => read_file(Path::new(&path))?,
+            None => BTreeMap::new(),
+        };
+        let mut given = BTreeMap::new();
+        for definition in ALL {
+            let from_file = file.remove(definition.name);
+            let value = flag(definition.name)
+                .map(|value| (value, Origin::Flag))
+                .or_else(|| {
+                    let value = variable(&definition.environment_variable())?;
+                    Some((value, Origin::Environment))
+                })
+                .or(from_file)
+                .or_else(|| Some((definition.default?.to_owned(), Origin::Default)));
+            if let Some((value, origin)) = value {
+                given.insert(definition.name, Given { value, origin });
+            }
+        }
+        Ok(Self { given })
+    }
+
+    /// For commands that read no objects: the source need not be given then.
+    pub fn without_source(&mut self) {
+        self.given.entry("source").or_insert_with(|| Given {
+            value: "dir:/nonexistent".to_owned(),
+            origin: Origin::Default,
+        });
+    }
+
+    /// The value of a setting, if it was given or has a default.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Given> {
+        self.given.get(name)
+    }
+
+    fn parse<T>(
+        &self,
+        name: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, Refusal>,
+    ) -> Result<Option<T>, SettingsError> {
+        let Some((definition, given)) = definitions::find(name).zip(self.given.get(name)) else {
+            return Ok(None);
+        };
+        parse(&given.value)
+            .map(Some)
+            .map_err(|refusal| SettingsError::Invalid {
+                name,
+                value: given.value.clone(),
+                place: given.place(definition),
+                problem: refusal.problem,
+                remedy: refusal.remedy,
+            })
+    }
+
+    fn required<T>(
+        &self,
+        name: &'static str,
+        remedy: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, Refusal>,
+    ) -> Result<T, SettingsError> {
+        self.parse(name, parse)?
+            .ok_or_else(|| SettingsError::Missing {
+                name,
+                variable: format!("WEIR_{}", name.to_uppercase().replace('-', "_")),
+                remedy,
+            })
+    }
+
+    fn number(&self, name: &'static str, min: u32, max: u32) -> Result<u32, SettingsError> {
+        self.required(name, "a number", |text| number(text, min, max))
+    }
+
+    /// Checks the values.
+    ///
+    /// # Errors
+    ///
+    /// [`SettingsError`] naming the first setting that cannot be used.
+    pub fn check(&self) -> Result<Settings, SettingsError> {
+        Ok(Settings {
+            source: self.required("source", "dir:PATH", source)?,
+            node_name: match self.parse("node-name", node_name)? {
+                Some(name) => name,
+                None => host_name()?,
+            },
+            run_dir: self.required("run-dir", "a directory", absolute_path)?,
+            bpf_root: self.required("bpf-root", "a directory on a bpffs", absolute_path)?,
+            cgroup_root: self.parse("cgroup-root", cgroup_root)?,
+            devices: self.parse("devices", devices)?.unwrap_or_default(),
+            mtu: self
+                .parse("mtu", |text| number(text, 1280, u32::from(u16::MAX)))?
+                .and_then(|mtu| u16::try_from(mtu).ok()),
+            mark_mask: self.required("mark-mask", "four adjacent bits", mark_mask)?,
+            connections: self.number("connections", 1024, 8_388_608)?,
+            services_max: self.number("services-max", 16, 1_048_576)?,
+            backends_max: self.number("backends-max", 16, 4_194_304)?,
+            address_rest: Duration::from_secs(u64::from(self.number("address-rest", 0, 86_400)?)),
+            timeouts: Timeouts {
+                tcp_syn: self.timeout("timeout-tcp-syn")?,
+                tcp_established: self.timeout("timeout-tcp-established")?,
+                tcp_closing: self.timeout("timeout-tcp-closing")?,
+                udp: self.timeout("timeout-udp")?,
+                udp_stream: self.timeout("timeout-udp-stream")?,
+            },
+            log: self.required("log", "a filter", log_filter)?,
+            log_format: self.required("log-format", "text or json", log_format)?,
+        })
+    }
+
+    /// Times in the flow table wrap after 52 days, and are told apart up to half of that.
+    fn timeout(&self, name: &'static str) -> Result<u32, SettingsError> {
+        self.number(name, 1, 2_000_000)
+    }
+
+    /// Name, value and origin of every setting, one a line; what is not given shows as `-`.
+    /// `settings` supplies what was found.
+    #[must_use]
+    pub fn table(&self, settings: &Settings) -> String {
+        let rows: Vec<[String; 3]> = ALL
+            .iter()
+            .map(|definition| match self.given.get(definition.name) {
+                Some(given) => [
+                    definition.name.to_owned(),
+                    given.value.clone(),
+                    given.place(definition),
+                ],
+                None => {
+                    let (value, origin) = match definition.name {
+                        "node-name" => (settings.node_name.as_str(), "host name"),
+                        "devices" | "mtu" => ("-", "found at start"),
+                        _ => ("-", "not given"),
+                    };
+                    [
+                        definition.name.to_owned(),
+                        value.to_owned(),
+                        origin.to_owned(),
+                    ]
+                }
+            })
+            .collect();
+        let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+        let (name_width, value_width) = (width(0).max(7), width(1).max(5));
+        let mut text = format!(
+            "{:name_width$}  {:value_width$}  FROM\n",
+            "SETTING", "VALUE"
+        );
+        for [name, value, origin] in rows {
+            text.push_str(&format!(
+                "{name:name_width$}  {value:value_width$}  {origin}\n"
+            ));
+        }
+        text
+    }
+}
+
+/// What is wrong with a value, and what to do.
+struct Refusal {
+    problem: String,
+    remedy: String,
+}
+
+fn refuse<T>(problem: impl Into<String>, remedy: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal {
+        problem: problem.into(),
+        remedy: remedy.into(),
+    })
+}
+
+fn read_file(path: &Path) -> Result<BTreeMap<String, (String, Origin)>, SettingsError> {
+    let text = fs::read_to_string(path).map_err(|cause| SettingsError::Unreadable {
+        path: path.to_owned(),
+        cause,
+    })?;
+    let not_a_mapping = |cause: String| SettingsError::NotAMapping {
+        path: path.to_owned(),
+        cause,
+    };
+    // A file with nothing but comments gives no settings.
+    let mapping: Option<serde_norway::Mapping> =
+        serde_norway::from_str(&text).map_err(|error| not_a_mapping(error.to_string()))?;
+    let mut values = BTreeMap::new();
+    for (key, value) in mapping.unwrap_or_default() {
+        let Some(key) = key.as_str() else {
+            return Err(not_a_mapping(format!("the key {key:?} is not text")));
+        };
+        let line = line_of(&text, key);
+        let Some(definition) = definitions::find(key) else {
+            return Err(SettingsError::UnknownKey {
+                key: key.to_owned(),
+                path: path.to_owned(),
+                line,
+                remedy: suggestion(key),
+            });
+        };
+        let origin = Origin::File(path.to_owned(), line);
+        match scalar_text(&value) {
+            // `mtu:` without a value is as good as absent.
+            Ok(None) => {}
+            Ok(Some(value)) => {
+                values.insert(key.to_owned(), (value, origin));
+            }
+            Err(problem) => {
+                let given = Given {
+                    value: serde_norway::to_string(&value)
+                        .unwrap_or_default()
+                        .trim()
+                        .to_owned(),
+                    origin,
+                };
+                return Err(SettingsError::Invalid {
+                    name: definition.name,
+                    place: given.place(definition),
+                    value: given.value,
+                    problem: problem.to_owned(),
+                    remedy: format!(
+                        "give one value: {}: {}",
+                        definition.name, definition.value_name
+                    ),
+                });
+            }
+        }
+    }
+    Ok(values)
+}
+
+/// The value of a key as a flag would have it: a list becomes text with commas.
+fn scalar_text(value: &serde_norway::Value) -> Result<Option<String>, &'static str> {
+    use serde_norway::Value;
+    Ok(Some(match value {
+        Value::Null => return Ok(None),
+        Value::Bool(value) => value.to_string(),
+        Value::Number(value) => value.to_string(),
+        Value::String(value) => value.clone(),
+        Value::Sequence(values) => {
+            let mut texts = Vec::with_capacity(values.len());
+            for value in values {
+                match value {
+                    Value::Sequence(_) | Value::Mapping(_) | Value::Tagged(_) => {
+                        return Err("a list of lists or mappings");
+                    }
+                    _ => texts.extend(scalar_text(value)?),
+                }
+            }
+            texts.join(",")
+        }
+        Value::Mapping(_) | Value::Tagged(_) => return Err("a mapping where a value belongs"),
+    }))
+}
+
+/// The line on which a key of the top level stands, from 1.
+fn line_of(text: &str, key: &str) -> usize {
+    text.lines()
+        .position(|line| {
+            let line = line.trim_start_matches(['"', '\'', '{', ' ']);
+            line.strip_prefix(key)
+                .is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ']).starts_with(':'))
+        })
+        .map_or(1, |index| index + 1)
+}
+
+fn suggestion(key: &str) -> String {
+    let normal = |name: &str| name.to_lowercase().replace(['-', '_'], "");
+    let close = ALL.iter().map(|d| d.name).find(|name| {
+        let (name, key) = (normal(name), normal(key));
+        name == key || (key.len() > 2 && (name.starts_with(&key) || key.starts_with(&name)))
+    });
+    match close {
+        Some(name) => format!("did you mean {name:?}?"),
+        None => {
+            let names: Vec<_> = ALL.iter().map(|d| d.name).collect();
+            format!("known are {}", names.join(", "))
+        }
+    }
+}
+
+fn number(text: &str, min: u32, max: u32) -> Result<u32, Refusal> {
+    let remedy = format!("give a whole number from {min} to {max}");
+    match text.trim().replace('_', "").parse::<u64>() {
+        Err(_) => refuse("not a whole number", remedy),
+        Ok(value) => match u32::try_from(value) {
+            Ok(value) if (min..=max).contains(&value) => Ok(value),
+            _ => refuse("out of range", remedy),
+        },
+    }
+}
+
+fn source(text: &str) -> Result<SourceSetting, Refusal> {
+    if text == "kube" || text.starts_with("kube:") {
+        return refuse(
+            "the Kubernetes API server as a source is not in this version",
+            "use dir:PATH, a directory of Kubernetes YAML",
+        );
+    }
+    match text.strip_prefix("dir:") {
+        Some(path) if Path::new(path).is_absolute() => {
+            Ok(SourceSetting::Directory(PathBuf::from(path)))
+        }
+        Some(_) => refuse(
+            "the directory is not an absolute path",
+            "give dir: followed by a path that begins with /",
+        ),
+        None => refuse("not a known kind of source", "use dir:PATH"),
+    }
+}
+
+fn node_name(text: &str) -> Result<String, Refusal> {
+    let ok = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
+    if text.is_empty() || text.len() > 253 || !text.chars().all(ok) {
+        return refuse(
+            "not the name of a Node",
+            "give metadata.name of this node's Node object: lower-case letters, digits, - and .",
+        );
+    }
+    Ok(text.to_owned())
+}
+
+fn host_name() -> Result<String, SettingsError> {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim().to_lowercase();
+    node_name(&name).map_err(|refusal| SettingsError::Invalid {
+        name: "node-name",
+        value: name,
+        place: "the host name".to_owned(),
+        problem: refusal.problem,
+        remedy: refusal.remedy,
+    })
+}
+
+fn absolute_path(text: &str) -> Result<PathBuf, Refusal> {
+    let path = PathBuf::from(text);
+    let plain = path
+        .components()
+        .all(|c| !matches!(c, std::path::Component::ParentDir));
+    if !path.is_absolute() || !plain || path.parent().is_none() {
+        return refuse(
+            "not an absolute path below /",
+            "give a path that begins with / and has no ..",
+        );
+    }
+    Ok(path)
+}
+
+fn cgroup_root(text: &str) -> Result<PathBuf, Refusal> {
+    let path = absolute_path(text)?;
+    let remedy = "give the mount point of the cgroup2 hierarchy (`findmnt -t cgroup2` shows it), \
+                  or leave it out";
+    match nix::sys::statfs::statfs(&path) {
+        Ok(stat) if stat.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC => Ok(path),
+        Ok(_) => refuse("not a cgroup2 file system", remedy),
+        Err(error) => refuse(error.desc(), remedy),
+    }
+}
+
+fn devices(text: &str) -> Result<Vec<String>, Refusal> {
+    let mut names: Vec<String> = Vec::new();
+    for name in text.split([',', ' ']).filter(|name| !name.is_empty()) {
+        if name.len() > 15 || name.contains('/') || name == "." || name == ".." || name == "lo" {
+            return refuse(
+                format!("{name:?} cannot be the name of a device"),
+                "give names as `ip link` shows them, separated by commas",
+            );
+        }
+        if !names.iter().any(|known| known == name) {
+            names.push(name.to_owned());
+        }
+    }
+    Ok(names)
+}
+
+fn mark_mask(text: &str) -> Result<u32, Refusal> {
+    let remedy = "give four adjacent bits of 32, as 0x00f00000";
+    let lower = text.trim().to_lowercase();
+    let parsed = match lower.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(&digits.replace('_', ""), 16),
+        None => lower.parse(),
+    };
+    match parsed {
+        Err(_) => refuse("not a 32-bit mask", remedy),
+        Ok(mask) if weir_common::mark::shift_of(mask).is_some() => Ok(mask),
+        Ok(_) => refuse("not four adjacent bits", remedy),
+    }
+}
+
+fn log_filter(text: &str) -> Result<String, Refusal> {
+    match tracing_subscriber::EnvFilter::builder().parse(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => refuse(
+            error.to_string(),
+            "give error, warn, info, debug or trace, or by module: info,weir_agent=debug",
+        ),
+    }
+}
+
+fn log_format(text: &str) -> Result<LogFormat, Refusal> {
+    match text {
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        _ => refuse("not a known format", "give text or json"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ pub struct Ipv4(pub [u8; 4]);
 /// ([`crate::service::Backend`], [`crate::next_hop::NextHop`]): IPv4 then fills the first four
 /// bytes, the rest is zero.
 #[repr(C, align(4))]
-#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialOrd)]
 pub struct Ipv6(pub [u8; 16]);
 
 /// A TCP, UDP or SCTP port, or the identifier of an ICMP echo; network byte order.
@@ -48,18 +48,29 @@ impl Ipv4 {
     }
 }
 
+impl PartialEq for Ipv6 {
+    /// By words: the comparison of byte arrays becomes a loop in the kernel programs.
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        let (a, b) = (self.words(), other.words());
+        (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) == 0
+    }
+}
+
+impl core::hash::Hash for Ipv6 {
+    fn hash<H: core::hash::Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
+    }
+}
+
 impl Ipv6 {
     /// The sixteen bytes as four words, in the order they have in memory.
     #[inline(always)]
     #[must_use]
     pub const fn words(self) -> [u32; 4] {
-        let b = self.0;
-        [
-            u32::from_ne_bytes([b[0], b[1], b[2], b[3]]),
-            u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
-            u32::from_ne_bytes([b[8], b[9], b[10], b[11]]),
-            u32::from_ne_bytes([b[12], b[13], b[14], b[15]]),
-        ]
+        // SAFETY: both types are 16 bytes for which every bit pattern is valid. (Word by word from
+        // the bytes, LLVM's BPF back end takes sixteen loads and overruns the stack.)
+        unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(self.0) }
     }
 
     /// An address of either family in the shared form described at the type.
@@ -74,11 +85,19 @@ impl Ipv6 {
         }
     }
 
+    /// The address whose bytes in memory are those of `words`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_words(words: [u32; 4]) -> Self {
+        // SAFETY: as in `words`.
+        Self(unsafe { core::mem::transmute::<[u32; 4], [u8; 16]>(words) })
+    }
+
     /// The first four bytes: the IPv4 address held in the shared form.
     #[inline(always)]
     #[must_use]
     pub const fn as_v4(self) -> Ipv4 {
-        Ipv4([self.0[0], self.0[1], self.0[2], self.0[3]])
+        Ipv4::from_word(self.words()[0])
     }
 
     /// Whether all bytes are zero (`::`, or no address).
@@ -162,8 +181,7 @@ impl Address for Ipv4 {
     const BITS: u8 = 32;
     #[inline(always)]
     fn to_shared(self) -> Ipv6 {
-        let o = self.0;
-        Ipv6([o[0], o[1], o[2], o[3], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+        Ipv6::from_words([self.word(), 0, 0, 0])
     }
     #[inline(always)]
     fn from_shared(shared: Ipv6) -> Self {

@@ -157,6 +157,17 @@ impl<A: Address> FlowEntry<A> {
         ((self.flags & flag::PARTNER_SCOPE_MASK) >> flag::PARTNER_SCOPE_SHIFT) as u8
     }
 
+    /// Whether `key` is that of the entry of the other direction, apart from the protocol.
+    #[inline(always)]
+    #[must_use]
+    pub fn has_partner(&self, key: &FlowKey<A>) -> bool {
+        key.source == self.new_destination
+            && key.destination == self.new_source
+            && key.source_port == self.new_destination_port
+            && key.destination_port == self.new_source_port
+            && key.scope == self.partner_scope()
+    }
+
     /// Key of the entry of the other direction, given the protocol of this one's key.
     #[inline(always)]
     #[must_use]

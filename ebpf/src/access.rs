@@ -23,7 +23,13 @@ pub const OFFSET_MASK: u32 = 0x3ff;
 /// single bytes.
 #[inline(always)]
 pub unsafe fn at<T>(ctx: &TcContext, offset: u32) -> Option<*mut T> {
-    let start = ctx.data() + (offset & OFFSET_MASK) as usize;
+    let mut start = ctx.data() + (offset & OFFSET_MASK) as usize;
+    // The compiler must not know how the place came about, or it computes it twice (two places
+    // for the verifier), and writes `start + 1 > end` as `start >= end` (which proves nothing).
+    // SAFETY: a move of a register to itself.
+    unsafe {
+        core::arch::asm!("{0} = {0}", inout(reg) start, options(nomem, nostack, preserves_flags));
+    }
     if start + size_of::<T>() > ctx.data_end() {
         None
     } else {
@@ -66,10 +72,18 @@ pub fn mark(ctx: &TcContext) -> u32 {
     unsafe { (*ctx.skb.skb).mark }
 }
 
-/// Keeps the compiler from moving reads and writes of memory across this point. (LLVM's BPF back
-/// end has no fence.)
+/// Reads a word after all reads that stand before it in the source. (LLVM's BPF back end has no
+/// compiler fence.)
+///
+/// # Safety
+///
+/// `word` must be valid to read.
 #[inline(always)]
-pub fn compiler_barrier() {
-    // SAFETY: no instruction at all.
-    unsafe { core::arch::asm!("", options(nostack, preserves_flags)) };
+pub unsafe fn read_last(word: *const u32) -> u32 {
+    let value: u64;
+    // SAFETY: by contract; without `nomem` nothing is moved across it.
+    unsafe {
+        core::arch::asm!("{0} = *(u32 *)({1} + 0)", out(reg) value, in(reg) word, options(nostack));
+    }
+    value as u32
 }

@@ -9,9 +9,7 @@ use weir_common::{
 use crate::{
     deliver::Hop,
     family::{Family, InPodRange},
-    local,
-    packet::Packet,
-    policy, scratch, service,
+    local, policy, scratch, service,
 };
 
 /// What was decided for a new connection, or for a packet that needs none. Flags are words, so
@@ -33,6 +31,10 @@ pub struct Decision<A> {
     pub stateful: u32,
     /// Number of the next hop.
     pub next_hop: u32,
+    /// Generation of its row.
+    pub next_hop_generation: u32,
+    /// Policy set of the receiver, if it is an endpoint of this node.
+    pub ingress_set: u32,
     /// Backend chosen, 0 without a Service.
     pub backend: u32,
     /// Generation of its row.
@@ -51,36 +53,28 @@ struct Target {
 /// `ports_known` is false for a later fragment whose first was not seen: it can be forwarded only
 /// where ports make no difference.
 #[inline(always)]
-pub fn from_pod<F: Family>(
-    packet: &Packet<F::Address>,
-    sender: u32,
-    ports_known: bool,
-) -> Result<(), DropReason> {
-    match decide::<F>(packet, sender, ports_known) {
+pub fn from_pod<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReason> {
+    match F::decide(sender, u32::from(ports_known)) {
         0 => Ok(()),
         reason => Err(DropReason::of_kernel(reason)),
     }
 }
 
-/// A function of its own for the sake of the stack. Returns 0, or the number of a drop reason.
-#[inline(never)]
-fn decide<F: Family>(packet: &Packet<F::Address>, sender: u32, ports_known: bool) -> u32 {
-    match try_decide::<F>(packet, sender, ports_known) {
+/// The body of [`Family::decide`]: returns 0, or the number of a drop reason.
+#[inline(always)]
+pub fn decide<F: Family>(sender: u32, ports_known: u32) -> u32 {
+    match try_decide::<F>(sender, ports_known != 0) {
         Ok(()) => 0,
         Err(reason) => reason as u32,
     }
 }
 
 #[inline(always)]
-fn try_decide<F: Family>(
-    packet: &Packet<F::Address>,
-    sender: u32,
-    ports_known: bool,
-) -> Result<(), DropReason> {
+fn try_decide<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReason> {
+    let packet = scratch::packet::<F>()?;
     let config = local::config()?;
     let sender = local::by_number(sender).ok_or(DropReason::StaleEndpoint)?;
     let work = scratch::decision::<F>()?;
-    work.forward.flags = 0;
     let decision = &mut work.decision;
     decision.source = packet.key.source;
     decision.destination = packet.key.destination;
@@ -115,9 +109,11 @@ fn try_decide<F: Family>(
     };
     decision.next_hop = target.next_hop;
     decision.reply_scope = target.reply_scope;
-    let ingress_set = Hop::find(target.next_hop)?.ingress_set();
-    policy::judge(ingress_set)?;
-    if policy::is_stateful(sender.row.egress_set) || policy::is_stateful(ingress_set) {
+    let hop = Hop::find(target.next_hop)?;
+    decision.next_hop_generation = hop.generation();
+    decision.ingress_set = hop.ingress_set();
+    policy::judge(decision.ingress_set)?;
+    if policy::is_stateful(sender.row.egress_set) || policy::is_stateful(decision.ingress_set) {
         decision.stateful = 1;
     }
     if target.next_hop == sender.number && decision.backend != 0 {

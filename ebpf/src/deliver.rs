@@ -14,8 +14,7 @@ use weir_common::{
 };
 
 use crate::{
-    access, family::Family, icmp, local, maps, packet::Packet, rewrite::Rewrite, switches,
-    verdict::Verdict,
+    access, family::Family, icmp, local, maps, packet::Packet, switches, verdict::Verdict,
 };
 
 /// A next hop, looked up.
@@ -70,44 +69,39 @@ impl Hop {
     }
 }
 
-/// Sends the packet to `hop`, translated by `rewrite` if there is one.
+/// Sends the packet to `hop`, translated as its `rewrite` says.
 #[inline(always)]
 pub fn deliver<F: Family>(
     ctx: &TcContext,
     hook: Hook,
     packet: &Packet<F::Address>,
     hop: Hop,
-    rewrite: Option<&Rewrite<F::Address>>,
 ) -> Result<Verdict, DropReason> {
-    let rewrite = rewrite.filter(|r| r.is_needed());
     let mtu = match hop {
         Hop::Endpoint(row) => row.mtu,
         Hop::Neighbour(row) => u32::from(row.mtu),
-        Hop::Stack => {
-            translate::<F>(ctx, packet, rewrite)?;
-            return Ok(Verdict::STACK);
-        }
+        Hop::Stack => return to_stack::<F>(ctx, packet),
     };
     if packet.wire_length(ctx) > mtu {
-        if packet.dont_fragment {
-            return icmp::answer_too_big::<F>(ctx, hook, packet, mtu);
+        if packet.dont_fragment == 0 {
+            // The stack cuts it and routes the pieces the same way.
+            return to_stack::<F>(ctx, packet);
         }
-        // The stack cuts it and routes the pieces the same way.
-        translate::<F>(ctx, packet, rewrite)?;
-        return Ok(Verdict::STACK);
+        return icmp::answer_too_big::<F>(ctx, hook, packet, mtu);
     }
     if packet.ttl <= 1 {
         return icmp::answer_time_exceeded::<F>(ctx, hook, packet);
     }
-    if let Some(rewrite) = rewrite {
-        rewrite.write::<F>(ctx, packet)?;
+    let rewrite = packet.rewrite.is_needed();
+    if rewrite {
+        packet.rewrite.write::<F>(ctx, packet)?;
     }
     F::decrement_ttl(ctx)?;
     if let Hop::Endpoint(row) = hop {
         write_macs(ctx, row)?;
     }
-    if let Some(rewrite) = rewrite {
-        rewrite.fix_checksum::<F>(ctx, packet)?;
+    if rewrite {
+        packet.rewrite.fix_checksum::<F>(ctx, packet)?;
     }
     Ok(match hop {
         // SAFETY: no preconditions; a device that is gone makes the helper drop the packet.
@@ -120,18 +114,17 @@ pub fn deliver<F: Family>(
     })
 }
 
-/// Translates the packet in place.
+/// Translates the packet in place and leaves it to the stack.
 #[inline(always)]
-pub fn translate<F: Family>(
+pub fn to_stack<F: Family>(
     ctx: &TcContext,
     packet: &Packet<F::Address>,
-    rewrite: Option<&Rewrite<F::Address>>,
-) -> Result<(), DropReason> {
-    if let Some(rewrite) = rewrite {
-        rewrite.write::<F>(ctx, packet)?;
-        rewrite.fix_checksum::<F>(ctx, packet)?;
+) -> Result<Verdict, DropReason> {
+    if packet.rewrite.is_needed() {
+        packet.rewrite.write::<F>(ctx, packet)?;
+        packet.rewrite.fix_checksum::<F>(ctx, packet)?;
     }
-    Ok(())
+    Ok(Verdict::STACK)
 }
 
 /// Gives the frame the addresses that the host would have given it: packet sockets in the pod and

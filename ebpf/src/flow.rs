@@ -9,8 +9,8 @@ use aya_ebpf::{
 use weir_common::{
     DropReason,
     address::Address,
-    config::{self, Config},
-    flow::{self, ConnectionState, FlowEntry, FlowKey, flag, scope},
+    config,
+    flow::{self, ConnectionState, FlowEntry, FlowKey, flag},
     limits::NAT_PORT_PROBES,
     lookup::Lookup,
     metrics::{Hook, outcome},
@@ -19,25 +19,17 @@ use weir_common::{
 
 use crate::{
     access,
+    decide::Decision,
     deliver::Hop,
     event,
     family::Family,
     local::{self, Local},
     maps,
     packet::Packet,
-    rewrite::{self, Rewrite},
-    ring,
+    rewrite, ring,
     scratch::{self, Work},
     verdict,
 };
-
-/// A packet's entry, found and checked.
-pub struct Found<A> {
-    /// Its translation.
-    pub rewrite: Rewrite<A>,
-    /// Its next hop.
-    pub hop: Hop,
-}
 
 /// Now, in ticks of the flow table.
 #[inline(always)]
@@ -46,80 +38,35 @@ pub fn now() -> u32 {
     flow::now_from_nanoseconds(unsafe { bpf_ktime_get_coarse_ns() })
 }
 
-/// Finds the entry of a packet: the one lookup of the fast path. `None` when there is none, or
-/// when it is stale and the packet must be decided anew.
+/// Finds the entry of a packet: the one lookup of the fast path. Leaves the translation in the
+/// packet and gives the next hop; `None` when there is no entry, or a stale one, and the packet must
+/// be decided anew.
+///
+/// The element stays allocated while the program runs, but may be recycled: everything needed is
+/// read first and the tag last.
 #[inline(always)]
 pub fn find<F: Family>(
     ctx: &TcContext,
     hook: Hook,
-    packet: &Packet<F::Address>,
+    packet: &mut Packet<F::Address>,
     sender: Option<Local>,
-) -> Option<Found<F::Address>> {
+) -> Option<Hop> {
     maps::count_lookup(Lookup::Flow);
-    let entry = F::flows().get_ptr_mut(&packet.key)?;
-    // SAFETY: the element stays allocated while the program runs; should it be recycled meanwhile,
-    // the tag tells.
-    let copy = unsafe { Copied::read(entry) };
-    if copy.tag != packet.key.tag() || copy.version != flow::VERSION {
+    let place = F::flows().get_ptr_mut(&packet.key)?;
+    // SAFETY: see above; every bit pattern of an entry is valid.
+    let entry = unsafe { &*place };
+    let hop = check::<F>(ctx, packet, sender, entry);
+    packet.rewrite.copy_from(entry);
+    // SAFETY: as above.
+    let tag = unsafe { access::read_last(&raw const (*place).tag) };
+    if hop.is_none() || tag != packet.key.tag() {
+        packet.rewrite.flags = 0;
+        verdict::count(hook, outcome::FLOW_STALE, 0);
         return None;
     }
-    if let Some(hop) = check::<F>(ctx, packet, sender, &copy) {
-        // SAFETY: as above; a count that hits a recycled element is off by one packet.
-        unsafe { touch(entry, &copy, packet.tcp_flags, ctx.len()) };
-        return Some(Found {
-            rewrite: copy.rewrite,
-            hop,
-        });
-    }
-    verdict::count(hook, outcome::FLOW_STALE, 0);
-    None
-}
-
-/// What the fast path needs of an entry.
-struct Copied<A> {
-    tag: u32,
-    version: u8,
-    tcp_flags: u8,
-    rewrite: Rewrite<A>,
-    next_hop: u32,
-    next_hop_generation: u32,
-    ifindex: u32,
-    source_generation: u32,
-    egress_set: u32,
-    ingress_set: u32,
-    backend: u32,
-    backend_generation: u32,
-}
-
-impl<A: Address + weir_common::checksum::Summed> Copied<A> {
-    /// Copies, and reads the tag last: see [`FlowEntry`].
-    ///
-    /// # Safety
-    ///
-    /// `entry` must point to an element of the flow table.
-    #[inline(always)]
-    unsafe fn read(entry: *const FlowEntry<A>) -> Self {
-        // SAFETY: by contract.
-        let e = unsafe { &*entry };
-        let mut copy = Self {
-            tag: 0,
-            version: e.version,
-            tcp_flags: e.tcp_flags,
-            rewrite: Rewrite::of(e),
-            next_hop: e.next_hop,
-            next_hop_generation: e.next_hop_generation,
-            ifindex: e.ifindex,
-            source_generation: e.source_generation,
-            egress_set: e.egress_set,
-            ingress_set: e.ingress_set,
-            backend: e.backend,
-            backend_generation: e.backend_generation,
-        };
-        access::compiler_barrier();
-        // SAFETY: by contract.
-        copy.tag = unsafe { (&raw const (*entry).tag).read_volatile() };
-        copy
-    }
+    // SAFETY: as above; a count that hits a recycled element is off by one packet.
+    unsafe { touch(place, packet.tcp_flags, ctx.len()) };
+    hop
 }
 
 /// Whether an entry still holds for this packet; gives its next hop if so.
@@ -128,32 +75,33 @@ fn check<F: Family>(
     ctx: &TcContext,
     packet: &Packet<F::Address>,
     sender: Option<Local>,
-    copy: &Copied<F::Address>,
+    entry: &FlowEntry<F::Address>,
 ) -> Option<Hop> {
-    if copy.ifindex != 0 && copy.ifindex != access::ifindex(ctx) {
-        return None;
-    }
-    if let Some(sender) = sender
-        && (copy.source_generation != sender.row.generation
-            || copy.egress_set != sender.row.egress_set)
+    if entry.version != flow::VERSION
+        || (entry.ifindex != 0 && entry.ifindex != access::ifindex(ctx))
     {
         return None;
     }
-    let forward_to_service = copy.backend != 0 && copy.rewrite.flags & flag::REPLY == 0;
-    if forward_to_service {
+    if let Some(sender) = sender
+        && (entry.source_generation != sender.row.generation
+            || entry.egress_set != sender.row.egress_set)
+    {
+        return None;
+    }
+    if entry.backend != 0 && entry.flags & flag::REPLY == 0 {
         // TCP keeps its endpoint to the end; a new connection of the same tuple does not.
         let reopens = packet.is_syn();
-        if reopens && copy.tcp_flags & (tcp_flag::FIN | tcp_flag::RST) != 0 {
+        if reopens && entry.tcp_flags & (tcp_flag::FIN | tcp_flag::RST) != 0 {
             return None;
         }
         if (packet.key.protocol != protocol::TCP || reopens)
-            && maps::BACKENDS.get(copy.backend)?.generation != copy.backend_generation
+            && maps::BACKENDS.get(entry.backend)?.generation != entry.backend_generation
         {
             return None;
         }
     }
-    let hop = Hop::find(copy.next_hop).ok()?;
-    if hop.generation() != copy.next_hop_generation || hop.ingress_set() != copy.ingress_set {
+    let hop = Hop::find(entry.next_hop).ok()?;
+    if hop.generation() != entry.next_hop_generation || hop.ingress_set() != entry.ingress_set {
         return None;
     }
     Some(hop)
@@ -165,15 +113,14 @@ fn check<F: Family>(
 ///
 /// `entry` must point to an element of the flow table.
 #[inline(always)]
-unsafe fn touch<A>(entry: *mut FlowEntry<A>, copy: &Copied<A>, tcp_flags: u8, bytes: u32) {
-    let flags = copy.tcp_flags | tcp_flags;
+unsafe fn touch<A>(entry: *mut FlowEntry<A>, tcp_flags: u8, bytes: u32) {
     // SAFETY: by contract; all fields are words that may be written at any time.
     unsafe {
         (*entry).last_seen = now();
         (*entry).packets += 1;
         (*entry).bytes += u64::from(bytes);
-        if flags != copy.tcp_flags {
-            (*entry).tcp_flags = flags;
+        if (*entry).tcp_flags | tcp_flags != (*entry).tcp_flags {
+            (*entry).tcp_flags |= tcp_flags;
         }
     }
 }
@@ -182,206 +129,258 @@ unsafe fn touch<A>(entry: *mut FlowEntry<A>, copy: &Copied<A>, tcp_flags: u8, by
 /// the forward one, which is left in the scratch room.
 ///
 /// When the reply tuple belongs to another connection (two frontends, one endpoint, one client
-/// port) this one gets another source port.
+/// port) this one gets another source port. The steps are functions of their own for the sake of
+/// the stack and of the verifier, which then follows them one after another.
 #[inline(always)]
-pub fn commit<F: Family>(
-    ctx: &TcContext,
-    hook: Hook,
-    packet: &Packet<F::Address>,
-    sender: u32,
-) -> Result<(), DropReason> {
-    match enter::<F>(ctx, hook as u32, packet, sender) {
+pub fn commit<F: Family>(ctx: &TcContext, hook: Hook, sender: u32) -> Result<(), DropReason> {
+    match F::commit(ctx, hook as u32, sender) {
         0 => Ok(()),
         reason => Err(DropReason::of_kernel(reason)),
     }
 }
 
-/// A function of its own for the sake of the stack. Returns 0, or the number of a drop reason.
-#[inline(never)]
-fn enter<F: Family>(ctx: &TcContext, hook: u32, packet: &Packet<F::Address>, sender: u32) -> u32 {
+/// The body of [`Family::commit`]: returns 0, or the number of a drop reason.
+#[inline(always)]
+pub fn enter<F: Family>(ctx: &TcContext, hook: u32, sender: u32) -> u32 {
     let hook = if hook == Hook::FromPod as u32 {
         Hook::FromPod
     } else {
         Hook::FromNetdev
     };
-    match try_enter::<F>(ctx, hook, packet, sender) {
+    match try_enter::<F>(ctx, hook, sender) {
         Ok(()) => 0,
         Err(reason) => reason as u32,
     }
 }
 
 #[inline(always)]
-fn try_enter<F: Family>(
+fn try_enter<F: Family>(ctx: &TcContext, hook: Hook, sender: u32) -> Result<(), DropReason> {
+    let packet = scratch::packet::<F>()?;
+    let place = ring::take_place::<F>(packet);
+    if place == ring::NO_PLACE {
+        return Err(DropReason::FlowTableFull);
+    }
+    if fill::<F>(ctx, packet, sender, place) != 0 {
+        return Err(DropReason::StaleEndpoint);
+    }
+    let mut attempt = 0;
+    while claim_reply_tuple::<F>(packet) != 0 {
+        attempt += 1;
+        if attempt > NAT_PORT_PROBES || change_source_port::<F>(packet) != 0 {
+            return Err(DropReason::NatPortsExhausted);
+        }
+    }
+    if attempt != 0 {
+        verdict::count(hook, outcome::FLOW_PORT_CHANGED, 0);
+    }
+    if publish::<F>(packet) != 0 {
+        return Err(DropReason::FlowTableFull);
+    }
+    verdict::count(hook, outcome::FLOW_CREATED, 0);
+    if local::config()?.flags & config::flag::EVENT_NEW_FLOW != 0 {
+        event::report_new_flow::<F>(ctx, hook, packet, &scratch::decision::<F>()?.forward);
+    }
+    Ok(())
+}
+
+/// Fills both entries in the scratch room. Returns 0, or 1 if an endpoint went away meanwhile.
+#[inline(always)]
+fn fill<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>, sender: u32, place: u32) -> u32 {
+    fill_forward::<F>(ctx, packet, sender, place) | fill_reply::<F>(packet, sender, place)
+}
+
+#[inline(never)]
+fn fill_forward<F: Family>(
     ctx: &TcContext,
-    hook: Hook,
     packet: &Packet<F::Address>,
     sender: u32,
-) -> Result<(), DropReason> {
-    let config = local::config()?;
-    let sender = local::by_number(sender).ok_or(DropReason::StaleEndpoint)?;
-    let Work {
-        decision,
+    place: u32,
+) -> u32 {
+    let Ok(Work {
+        decision, forward, ..
+    }) = scratch::decision::<F>()
+    else {
+        return 1;
+    };
+    let Some(sender) = local::by_number(sender) else {
+        return 1;
+    };
+    let hairpin = if decision.hairpin != 0 {
+        flag::HAIRPIN
+    } else {
+        0
+    };
+    begin::<F>(forward, decision, place);
+    forward.tag = packet.key.tag();
+    forward.tcp_flags = packet.tcp_flags;
+    forward.flags = u16::from(decision.reply_scope) << flag::PARTNER_SCOPE_SHIFT | hairpin;
+    forward.new_source = decision.source;
+    forward.new_destination = decision.destination;
+    forward.new_source_port = packet.key.source_port;
+    forward.new_destination_port = decision.destination_port;
+    forward.next_hop = decision.next_hop;
+    forward.next_hop_generation = decision.next_hop_generation;
+    forward.ifindex = sender.row.ifindex;
+    forward.source_endpoint = sender.number;
+    forward.source_generation = sender.row.generation;
+    forward.egress_set = sender.row.egress_set;
+    forward.ingress_set = decision.ingress_set;
+    forward.packets = 1;
+    forward.bytes = u64::from(ctx.len());
+    0
+}
+
+#[inline(never)]
+fn fill_reply<F: Family>(packet: &Packet<F::Address>, sender: u32, place: u32) -> u32 {
+    let Ok(Work {
+        decision, reply, ..
+    }) = scratch::decision::<F>()
+    else {
+        return 1;
+    };
+    let Some(sender) = local::by_number(sender) else {
+        return 1;
+    };
+    let hairpin = if decision.hairpin != 0 {
+        flag::HAIRPIN
+    } else {
+        0
+    };
+    begin::<F>(reply, decision, place);
+    reply.flags = flag::REPLY | u16::from(packet.key.scope) << flag::PARTNER_SCOPE_SHIFT | hairpin;
+    reply.new_source = packet.key.destination;
+    reply.new_destination = packet.key.source;
+    reply.new_source_port = packet.key.destination_port;
+    reply.new_destination_port = packet.key.source_port;
+    reply.next_hop = sender.number;
+    reply.next_hop_generation = sender.row.generation;
+    reply.ingress_set = sender.row.ingress_set;
+    if let Some(local) = local::by_number(local_number(decision.next_hop)) {
+        reply.source_endpoint = local.number;
+        reply.source_generation = local.row.generation;
+        reply.egress_set = local.row.egress_set;
+        reply.ifindex = local.row.ifindex;
+    }
+    0
+}
+
+/// The next hop if it is an endpoint of this node, else 0.
+#[inline(always)]
+fn local_number(next_hop: u32) -> u32 {
+    if weir_common::next_hop::is_endpoint(next_hop) {
+        next_hop
+    } else {
+        0
+    }
+}
+
+/// What both entries begin with.
+#[inline(always)]
+fn begin<F: Family>(
+    entry: &mut FlowEntry<F::Address>,
+    decision: &Decision<F::Address>,
+    place: u32,
+) {
+    let now = now();
+    entry.version = flow::VERSION;
+    entry.tcp_flags = 0;
+    entry.ifindex = 0;
+    entry.source_endpoint = 0;
+    entry.source_generation = 0;
+    entry.egress_set = 0;
+    entry.backend = decision.backend;
+    entry.backend_generation = decision.backend_generation;
+    entry.ring = place;
+    entry.last_seen = now;
+    entry.created = now;
+    entry.packets = 0;
+    entry.bytes = 0;
+}
+
+/// Inserts the reply entry. Returns 0, or 1 if its tuple belongs to another connection.
+#[inline(never)]
+fn claim_reply_tuple<F: Family>(packet: &Packet<F::Address>) -> u32 {
+    let Ok(Work {
         forward,
         reply,
-    } = scratch::decision::<F>()?;
-    let hop = Hop::find(decision.next_hop)?;
-    let now = now();
+        reply_key,
+        ..
+    }) = scratch::decision::<F>()
+    else {
+        return 1;
+    };
+    *reply_key = forward.partner_key(packet.key.protocol);
+    reply.tag = reply_key.tag();
+    reply.flags &= !(flag::REWRITE_SOURCE | flag::REWRITE_DESTINATION);
+    rewrite::complete(reply, reply_key);
+    maps::count_lookup(Lookup::FlowUpdate);
+    if F::flows()
+        .insert(&*reply_key, &*reply, u64::from(BPF_NOEXIST))
+        .is_ok()
+    {
+        return 0;
+    }
+    // Another processor enters the same connection just now, or a former life of it left this
+    // half: the new entry is as good.
+    maps::count_lookup(Lookup::Flow);
+    let same = match F::flows().get_ptr(&*reply_key) {
+        // SAFETY: as in `find`.
+        Some(other) => unsafe { (*other).has_partner(&packet.key) },
+        None => false,
+    };
+    u32::from(
+        !(same
+            && F::flows()
+                .insert(&*reply_key, &*reply, u64::from(BPF_ANY))
+                .is_ok()),
+    )
+}
 
-    // A stale entry of the same tuple: its partner goes, its place in the ring is taken over.
-    let ring = match look_at::<F>(&packet.key) {
-        Some(old) => {
-            remove::<F>(&old.partner);
-            old.ring
-        }
-        None => ring::claim::<F>(config, now)?,
+/// Gives the connection another source port. Returns 0, or 1 if it cannot have one.
+#[inline(never)]
+fn change_source_port<F: Family>(packet: &Packet<F::Address>) -> u32 {
+    let Ok(Work { forward, .. }) = scratch::decision::<F>() else {
+        return 1;
     };
+    let Ok(config) = local::config() else {
+        return 1;
+    };
+    if !matches!(packet.key.protocol, protocol::TCP | protocol::UDP) || config.nat_port_count == 0 {
+        return 1;
+    }
+    // SAFETY: no preconditions.
+    let random = unsafe { bpf_get_prandom_u32() } % u32::from(config.nat_port_count);
+    let port = config.nat_port_first.wrapping_add(random as u16);
+    forward.new_source_port = weir_common::Port::new(port);
+    0
+}
 
-    let (reply_source, reply_generation, reply_egress, reply_ifindex) = match hop {
-        Hop::Endpoint(row) => (
-            decision.next_hop,
-            row.generation,
-            row.egress_set,
-            row.ifindex,
-        ),
-        _ => (0, 0, 0, 0),
+/// Inserts the forward entry: from here on the connection exists. Returns 0, or 1 if there was no
+/// room, and then takes the reply entry back.
+#[inline(never)]
+fn publish<F: Family>(packet: &Packet<F::Address>) -> u32 {
+    let Ok(Work {
+        forward, reply_key, ..
+    }) = scratch::decision::<F>()
+    else {
+        return 1;
     };
-    *forward = FlowEntry {
-        tag: packet.key.tag(),
-        version: flow::VERSION,
-        tcp_flags: packet.tcp_flags,
-        flags: u16::from(decision.reply_scope) << flag::PARTNER_SCOPE_SHIFT
-            | if decision.hairpin != 0 {
-                flag::HAIRPIN
-            } else {
-                0
-            },
-        new_source: decision.source,
-        new_destination: decision.destination,
-        new_source_port: packet.key.source_port,
-        new_destination_port: decision.destination_port,
-        address_difference: 0,
-        port_difference: 0,
-        next_hop: decision.next_hop,
-        next_hop_generation: hop.generation(),
-        ifindex: sender.row.ifindex,
-        source_endpoint: sender.number,
-        source_generation: sender.row.generation,
-        egress_set: sender.row.egress_set,
-        ingress_set: hop.ingress_set(),
-        backend: decision.backend,
-        backend_generation: decision.backend_generation,
-        ring,
-        last_seen: now,
-        created: now,
-        packets: 1,
-        bytes: u64::from(ctx.len()),
-    };
-    *reply = FlowEntry {
-        tag: 0,
-        version: flow::VERSION,
-        tcp_flags: 0,
-        flags: flag::REPLY
-            | u16::from(packet.key.scope) << flag::PARTNER_SCOPE_SHIFT
-            | if decision.hairpin != 0 {
-                flag::HAIRPIN
-            } else {
-                0
-            },
-        new_source: packet.key.destination,
-        new_destination: packet.key.source,
-        new_source_port: packet.key.destination_port,
-        new_destination_port: packet.key.source_port,
-        address_difference: 0,
-        port_difference: 0,
-        next_hop: sender.number,
-        next_hop_generation: sender.row.generation,
-        ifindex: if decision.reply_scope == scope::POD {
-            reply_ifindex
-        } else {
-            0
-        },
-        source_endpoint: reply_source,
-        source_generation: reply_generation,
-        egress_set: reply_egress,
-        ingress_set: sender.row.ingress_set,
-        backend: decision.backend,
-        backend_generation: decision.backend_generation,
-        ring,
-        last_seen: now,
-        created: now,
-        packets: 0,
-        bytes: 0,
-    };
-    claim_reply_tuple::<F>(hook, config, packet, forward, reply)?;
     rewrite::complete(forward, &packet.key);
     maps::count_lookup(Lookup::FlowUpdate);
     if F::flows()
         .insert(&packet.key, &*forward, u64::from(BPF_ANY))
         .is_err()
     {
-        remove::<F>(&forward.partner_key(packet.key.protocol));
-        return Err(DropReason::FlowTableFull);
+        remove::<F>(reply_key);
+        return 1;
     }
-    ring::enter::<F>(ring, &packet.key);
-    local::note_flows(sender.number);
-    if reply_source != 0 {
-        local::note_flows(reply_source);
+    ring::enter::<F>(forward.ring, &packet.key);
+    local::note_flows(forward.source_endpoint);
+    let target = local_number(forward.next_hop);
+    if target != 0 {
+        local::note_flows(target);
     }
-    verdict::count(hook, outcome::FLOW_CREATED, 0);
-    if config.flags & config::flag::EVENT_NEW_FLOW != 0 {
-        event::report_new_flow::<F>(ctx, hook, packet, forward);
-    }
-    Ok(())
-}
-
-/// Inserts the reply entry, under another source port if need be.
-#[inline(always)]
-fn claim_reply_tuple<F: Family>(
-    hook: Hook,
-    config: &Config,
-    packet: &Packet<F::Address>,
-    forward: &mut FlowEntry<F::Address>,
-    reply: &mut FlowEntry<F::Address>,
-) -> Result<(), DropReason> {
-    let mut attempt = 0;
-    while attempt <= NAT_PORT_PROBES {
-        let key = forward.partner_key(packet.key.protocol);
-        reply.tag = key.tag();
-        reply.flags &= !(flag::REWRITE_SOURCE | flag::REWRITE_DESTINATION);
-        rewrite::complete(reply, &key);
-        maps::count_lookup(Lookup::FlowUpdate);
-        if F::flows()
-            .insert(&key, &*reply, u64::from(BPF_NOEXIST))
-            .is_ok()
-        {
-            if attempt != 0 {
-                verdict::count(hook, outcome::FLOW_PORT_CHANGED, 0);
-            }
-            return Ok(());
-        }
-        match look_at::<F>(&key) {
-            // Another processor enters the same connection just now, or a former life of it left
-            // this half: the new entry is as good.
-            Some(other) if other.partner == packet.key => {
-                return F::flows()
-                    .insert(&key, &*reply, u64::from(BPF_ANY))
-                    .map_err(|_| DropReason::FlowTableFull);
-            }
-            Some(_) => {}
-            None => return Err(DropReason::FlowTableFull),
-        }
-        if !matches!(packet.key.protocol, protocol::TCP | protocol::UDP)
-            || config.nat_port_count == 0
-        {
-            break;
-        }
-        attempt += 1;
-        // SAFETY: no preconditions.
-        let random = unsafe { bpf_get_prandom_u32() } % u32::from(config.nat_port_count);
-        forward.new_source_port =
-            weir_common::Port::new(config.nat_port_first.wrapping_add(random as u16));
-    }
-    Err(DropReason::NatPortsExhausted)
+    0
 }
 
 /// What the ring and `commit` need to know of a connection.
@@ -439,17 +438,9 @@ pub fn look_at<F: Family>(key: &FlowKey<F::Address>) -> Option<Glance<F::Address
     })
 }
 
-/// Removes both entries of a connection.
+/// Removes an entry.
 #[inline(always)]
-pub fn remove_pair<F: Family>(key: &FlowKey<F::Address>) {
-    if let Some(glance) = look_at::<F>(key) {
-        remove::<F>(&glance.partner);
-    }
-    remove::<F>(key);
-}
-
-#[inline(always)]
-fn remove<F: Family>(key: &FlowKey<F::Address>) {
+pub fn remove<F: Family>(key: &FlowKey<F::Address>) {
     maps::count_lookup(Lookup::FlowUpdate);
     // Gone already is as good.
     let _ = F::flows().remove(key);

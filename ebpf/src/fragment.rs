@@ -8,14 +8,14 @@ use weir_common::{
 use crate::{
     family::Family,
     maps,
-    packet::{Fragment, Packet},
+    packet::{Packet, fragment},
 };
 
 /// Notes the ports of a first fragment, or fills in those of a later one. Returns whether the
 /// ports are known.
 #[inline(always)]
 pub fn resolve_ports<F: Family>(packet: &mut Packet<F::Address>) -> bool {
-    if matches!(packet.fragment, Fragment::Whole) {
+    if packet.fragment == fragment::WHOLE {
         return true;
     }
     let key = FragmentKey {
@@ -27,7 +27,7 @@ pub fn resolve_ports<F: Family>(packet: &mut Packet<F::Address>) -> bool {
         reserved: 0,
     };
     maps::count_lookup(Lookup::Fragment);
-    if matches!(packet.fragment, Fragment::First) {
+    if packet.fragment == fragment::FIRST {
         let ports = FragmentPorts {
             source: packet.key.source_port,
             destination: packet.key.destination_port,

@@ -13,15 +13,21 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use weir_common::{
-    DropReason, Ipv4, Ipv6, MacAddress, Port, address::Address, checksum, flow::FlowKey,
-    lookup::Lookup, mark, metrics::Hook, protocol,
+    DropReason, Ipv4, Ipv6, MacAddress, Port,
+    address::Address,
+    checksum::{self, Summed},
+    flow::FlowKey,
+    lookup::Lookup,
+    mark,
+    metrics::Hook,
+    protocol,
 };
 
 use crate::{
     access::{self, ETHERNET},
     family::Family,
     local, maps,
-    packet::{Fragment, Packet, icmp_type},
+    packet::{Packet, icmp_type},
     scratch, switches,
     verdict::Verdict,
 };
@@ -98,10 +104,7 @@ fn answer<F: Family>(
     error: Error,
     reason: DropReason,
 ) -> Result<Verdict, DropReason> {
-    if matches!(packet.fragment, Fragment::Later)
-        || is_error(packet)
-        || F::is_link_local(packet.key.source)
-    {
+    if packet.is_later_fragment() || is_error(packet) || F::is_link_local(packet.key.source) {
         return Err(reason);
     }
     let config = local::config()?;
@@ -339,116 +342,121 @@ pub fn translate_error<F: Family>(
     ctx: &TcContext,
     packet: &Packet<F::Address>,
 ) -> Result<Option<u32>, DropReason> {
-    match translate::<F>(ctx, packet) {
-        0 => Ok(None),
-        FAILED => Err(DropReason::ChecksumUpdate),
-        next_hop => Ok(Some(next_hop)),
+    let next_hop = find_quoted::<F>(ctx, packet);
+    if next_hop == 0 {
+        return Ok(None);
     }
+    if put_back_quoted::<F>(ctx, packet) != 0 || put_back_outer::<F>(ctx, packet) != 0 {
+        return Err(DropReason::ChecksumUpdate);
+    }
+    Ok(Some(next_hop))
 }
 
-/// [`translate`] has left a packet that must not go on.
-const FAILED: u32 = u32::MAX;
-
-/// How the flow table puts a quoted tuple back.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Restored<A> {
+/// What an error quotes and what becomes of it; kept in the scratch room: two IPv6 tuples are too
+/// much for the stack.
+#[repr(C, align(8))]
+struct Work<A> {
+    /// The quoted tuple turned round: that of a packet that arrives here.
+    quoted: FlowKey<A>,
+    /// The quoted tuple as its sender knows it.
     source: A,
     destination: A,
     source_port: Port,
     destination_port: Port,
+    /// Source of the error itself after translation.
+    outer_source: A,
+    l3_offset: u32,
+    l4_offset: u32,
 }
 
-/// Kept in the scratch room: two IPv6 tuples are too much for the stack.
-#[repr(C, align(8))]
-struct Work<A> {
-    quoted: Quoted<A>,
-    restored: Restored<A>,
+#[inline(always)]
+fn work<F: Family>() -> Option<&'static mut Work<F::Address>> {
+    // SAFETY: plain words; the functions below take it in turn.
+    unsafe { scratch::room::<Work<F::Address>>() }.ok()
 }
 
-/// A function of its own for the sake of the stack: returns the number of the next hop, 0 for an
-/// error about no known connection, or [`FAILED`].
+/// Finds the connection that an error is about. Returns the number of the next hop, or 0. (This
+/// function and the next two are not inlined for the sake of the stack.)
 #[inline(never)]
-fn translate<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>) -> u32 {
-    // SAFETY: plain words; nothing else stands there now.
-    let Ok(work) = (unsafe { scratch::room::<Work<F::Address>>() }) else {
-        return FAILED;
-    };
-    if read_quoted::<F>(ctx, packet, &mut work.quoted).is_none() {
+fn find_quoted<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>) -> u32 {
+    let Some(work) = work::<F>() else { return 0 };
+    if read_quoted::<F>(ctx, packet, work).is_none() {
         return 0;
     }
     maps::count_lookup(Lookup::Flow);
-    let Some(entry) = F::flows().get_ptr(&work.quoted.key) else {
+    let Some(entry) = F::flows().get_ptr(&work.quoted) else {
         return 0;
     };
     // SAFETY: the element stays allocated; should it be recycled meanwhile, the tag tells.
     let (next_hop, tag) = unsafe {
-        work.restored.source = (*entry).new_destination;
-        work.restored.destination = (*entry).new_source;
-        work.restored.source_port = (*entry).new_destination_port;
-        work.restored.destination_port = (*entry).new_source_port;
-        let next_hop = (*entry).next_hop;
-        access::compiler_barrier();
-        (next_hop, (&raw const (*entry).tag).read_volatile())
+        work.source = (*entry).new_destination;
+        work.destination = (*entry).new_source;
+        work.source_port = (*entry).new_destination_port;
+        work.destination_port = (*entry).new_source_port;
+        (
+            (*entry).next_hop,
+            access::read_last(&raw const (*entry).tag),
+        )
     };
-    if tag != work.quoted.key.tag() {
+    if tag != work.quoted.tag() {
         return 0;
     }
-    match put_back::<F>(ctx, packet, &work.quoted, &work.restored) {
-        Some(()) => next_hop,
-        None => FAILED,
-    }
-}
-
-/// Writes the restored tuple, the outer addresses and the checksums.
-#[inline(always)]
-fn put_back<F: Family>(
-    ctx: &TcContext,
-    packet: &Packet<F::Address>,
-    quoted: &Quoted<F::Address>,
-    restored: &Restored<F::Address>,
-) -> Option<()> {
-    // The key is the quoted tuple turned round.
-    let (source, destination) = (quoted.key.destination, quoted.key.source);
-    let outer_source = if packet.key.source == destination {
-        restored.destination
+    // Sent by the endpoint itself, it comes from the Service; a router stays what it is.
+    work.outer_source = if packet.key.source == work.quoted.source {
+        work.destination
     } else {
         packet.key.source
     };
-    let inner = checksum::add(
-        checksum::difference(source, restored.source),
-        checksum::difference(destination, restored.destination),
-    );
+    next_hop
+}
+
+/// Puts the quoted headers back. Returns 0, or what failed.
+#[inline(never)]
+fn put_back_quoted<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>) -> u32 {
+    let Some(work) = work::<F>() else { return 1 };
+    if write_quoted::<F>(ctx, work).is_none() {
+        return 2;
+    }
     let ports = checksum::add(
-        checksum::difference(quoted.key.destination_port, restored.source_port),
-        checksum::difference(quoted.key.source_port, restored.destination_port),
+        checksum::difference(work.quoted.destination_port, work.source_port),
+        checksum::difference(work.quoted.source_port, work.destination_port),
     );
-    let outer = checksum::add(
-        checksum::difference(packet.key.source, outer_source),
-        checksum::difference(packet.key.destination, restored.source),
-    );
-    F::write_addresses(ctx, outer_source, restored.source, outer).ok()?;
-    write_quoted::<F>(ctx, quoted, restored, inner)?;
     // A quoted IPv4 header has a checksum of its own that makes up for its addresses.
     let body = if F::NUMBER == 4 {
         ports
     } else {
-        checksum::add(ports, inner)
+        checksum::add(ports, quoted_difference(work))
     };
+    // SAFETY: the context is valid; the helper checks the offset.
+    unsafe { bpf_l4_csum_replace(ctx.skb.skb, packet.l4_offset + 2, 0, u64::from(body), 0) as u32 }
+}
+
+#[inline(always)]
+fn quoted_difference<A: Address + Summed>(work: &Work<A>) -> u32 {
+    checksum::add(
+        checksum::difference(work.quoted.destination, work.source),
+        checksum::difference(work.quoted.source, work.destination),
+    )
+}
+
+/// Addresses the error itself to the quoted packet's sender. Returns 0, or what failed.
+#[inline(never)]
+fn put_back_outer<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>) -> u32 {
+    let Some(work) = work::<F>() else { return 1 };
+    let difference = checksum::add(
+        checksum::difference(packet.key.source, work.outer_source),
+        checksum::difference(packet.key.destination, work.source),
+    );
+    if F::write_addresses(ctx, work.outer_source, work.source, difference).is_err() {
+        return 2;
+    }
+    if F::NUMBER == 4 {
+        return 0;
+    }
+    let flags = u64::from(BPF_F_PSEUDO_HDR) | switches::csum_ipv6_flag();
     let place = packet.l4_offset + 2;
     // SAFETY: the context is valid; the helper checks the offset.
-    let failed = unsafe {
-        bpf_l4_csum_replace(ctx.skb.skb, place, 0, u64::from(body), 0) != 0
-            || (F::NUMBER == 6
-                && bpf_l4_csum_replace(
-                    ctx.skb.skb,
-                    place,
-                    0,
-                    u64::from(outer),
-                    u64::from(BPF_F_PSEUDO_HDR) | switches::csum_ipv6_flag(),
-                ) != 0)
-    };
-    if failed { None } else { Some(()) }
+    unsafe { bpf_l4_csum_replace(ctx.skb.skb, place, 0, u64::from(difference), flags) as u32 }
 }
 
 /// Reads the tuple that an error quotes, turned round. Options and extension headers in the
@@ -457,7 +465,7 @@ fn put_back<F: Family>(
 fn read_quoted<F: Family>(
     ctx: &TcContext,
     packet: &Packet<F::Address>,
-    quoted: &mut Quoted<F::Address>,
+    work: &mut Work<F::Address>,
 ) -> Option<()> {
     let l3_offset = packet.l4_offset + ICMP;
     let (header, addresses, protocol_at) = if F::NUMBER == 4 {
@@ -469,8 +477,8 @@ fn read_quoted<F: Family>(
     if !access::make_readable(ctx, l4_offset + 8) {
         return None;
     }
-    quoted.l3_offset = l3_offset;
-    quoted.l4_offset = l4_offset;
+    work.l3_offset = l3_offset;
+    work.l4_offset = l4_offset;
     // SAFETY: plain bytes, checked by `at`.
     unsafe {
         let version = *access::at::<u8>(ctx, l3_offset)?;
@@ -484,36 +492,30 @@ fn read_quoted<F: Family>(
             return None;
         }
         let pair = access::at::<[F::Address; 2]>(ctx, l3_offset + addresses)?;
-        quoted.key.source = (*pair)[1];
-        quoted.key.destination = (*pair)[0];
+        work.quoted.source = (*pair)[1];
+        work.quoted.destination = (*pair)[0];
         let ports = access::at::<[Port; 2]>(ctx, l4_offset)?;
-        quoted.key.source_port = (*ports)[1];
-        quoted.key.destination_port = (*ports)[0];
-        quoted.key.protocol = protocol;
-        quoted.key.scope = packet.key.scope;
-        quoted.key.reserved = 0;
+        work.quoted.source_port = (*ports)[1];
+        work.quoted.destination_port = (*ports)[0];
+        work.quoted.protocol = protocol;
+        work.quoted.scope = packet.key.scope;
+        work.quoted.reserved = 0;
     }
     Some(())
 }
 
-/// Puts the quoted packet back to what its sender knows.
+/// Writes the quoted tuple.
 #[inline(always)]
-fn write_quoted<F: Family>(
-    ctx: &TcContext,
-    quoted: &Quoted<F::Address>,
-    restored: &Restored<F::Address>,
-    difference: u32,
-) -> Option<()> {
+fn write_quoted<F: Family>(ctx: &TcContext, work: &Work<F::Address>) -> Option<()> {
     let addresses = if F::NUMBER == 4 { 12 } else { 8 };
     // SAFETY: plain bytes, checked by `at`.
     unsafe {
-        *access::at::<[F::Address; 2]>(ctx, quoted.l3_offset + addresses)? =
-            [restored.source, restored.destination];
-        *access::at::<[Port; 2]>(ctx, quoted.l4_offset)? =
-            [restored.source_port, restored.destination_port];
+        *access::at::<[F::Address; 2]>(ctx, work.l3_offset + addresses)? =
+            [work.source, work.destination];
+        *access::at::<[Port; 2]>(ctx, work.l4_offset)? = [work.source_port, work.destination_port];
         if F::NUMBER == 4 {
-            let place = access::at::<u16>(ctx, quoted.l3_offset + 10)?;
-            *place = checksum::apply(*place, difference);
+            let place = access::at::<u16>(ctx, work.l3_offset + 10)?;
+            *place = checksum::apply(*place, quoted_difference(work));
         }
     }
     Some(())

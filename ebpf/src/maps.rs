@@ -104,6 +104,13 @@ pub static LOOKUPS: PerCpuArray<u64, { lookup::COUNT as usize }> = PerCpuArray::
 #[btf_map]
 pub static EVENTS: RingBuf<Event, { limits::EVENTS_BYTES as usize }> = RingBuf::new();
 
+/// Room for the packet that is being handled, see [`crate::scratch::packet`]. Not pinned, never
+/// read by the agent.
+#[repr(C, align(8))]
+pub struct PacketRoom(pub [u64; 16]);
+#[btf_map]
+pub static PACKET: PerCpuArray<PacketRoom, 1> = PerCpuArray::new();
+
 /// Room for what is too large for the stack of 512 bytes. Not pinned, never read by the agent.
 #[repr(C, align(8))]
 pub struct Scratch(pub [u64; 64]);

@@ -5,11 +5,11 @@ use aya_ebpf::{
     helpers::{bpf_csum_diff, bpf_redirect_peer},
     programs::TcContext,
 };
-use weir_common::{DropReason, Ipv4, Ipv6, MacAddress, checksum, config::Config, protocol};
+use weir_common::{DropReason, Ipv4, Ipv6, MacAddress, checksum, protocol};
 
 use crate::{
     access::{self, ETHERNET},
-    local::Local,
+    local::{self, Local},
     packet::{Packet, icmp_type},
     scratch,
     verdict::Verdict,
@@ -44,7 +44,20 @@ fn halves(address: Ipv4) -> [u16; 2] {
 /// Answers a request for the gateway; lets others go to the stack, which ignores what is not its
 /// own. A pod that speaks for another's address is dropped.
 #[inline(always)]
-pub fn arp(ctx: &TcContext, config: &Config, sender: Local) -> Result<Verdict, DropReason> {
+pub fn arp(ctx: &TcContext, sender: Local) -> Verdict {
+    Verdict::from_word(arp_word(ctx, sender.number))
+}
+
+/// A function of its own for the sake of the callers' stack.
+#[inline(never)]
+fn arp_word(ctx: &TcContext, sender: u32) -> u32 {
+    Verdict::of(try_arp(ctx, sender)).word()
+}
+
+#[inline(always)]
+fn try_arp(ctx: &TcContext, sender: u32) -> Result<Verdict, DropReason> {
+    let config = local::config()?;
+    let sender = local::by_number(sender).ok_or(DropReason::StaleEndpoint)?;
     // SAFETY: plain bytes.
     let place = unsafe { access::at::<Arp>(ctx, ETHERNET) }.ok_or(DropReason::Neighbour)?;
     // SAFETY: checked by `at`.
@@ -87,6 +100,9 @@ struct Neighbour {
     mac: MacAddress,
 }
 
+/// Bytes of a solicitation with one option.
+const SIZE: u32 = size_of::<Neighbour>() as u32;
+
 /// What the checksum of an advertisement is computed over.
 #[repr(C, align(8))]
 struct Sum {
@@ -99,13 +115,7 @@ struct Sum {
 
 /// Answers a solicitation for the gateway, if the packet is one; `None` if it is something else.
 #[inline(always)]
-pub fn solicitation(
-    ctx: &TcContext,
-    config: &Config,
-    sender: Local,
-    packet: &Packet<Ipv6>,
-) -> Result<Option<Verdict>, DropReason> {
-    const SIZE: u32 = size_of::<Neighbour>() as u32;
+pub fn solicitation(ctx: &TcContext, sender: Local, packet: &Packet<Ipv6>) -> Option<Verdict> {
     if packet.key.protocol != protocol::ICMPV6
         || packet.icmp_type != icmp_type::V6_NEIGHBOUR_SOLICITATION
         || packet.l4_offset != ETHERNET + 40
@@ -113,8 +123,35 @@ pub fn solicitation(
         || packet.key.source.is_zero()
         || packet.ttl != 255
     {
-        return Ok(None);
+        return None;
     }
+    match solicitation_word(ctx, sender.number, packet) {
+        NOT_OURS => None,
+        word => Some(Verdict::from_word(word)),
+    }
+}
+
+/// A solicitation for something else.
+const NOT_OURS: u32 = 0;
+
+/// A function of its own for the sake of the callers' stack. Returns a verdict, or [`NOT_OURS`].
+#[inline(never)]
+fn solicitation_word(ctx: &TcContext, sender: u32, packet: &Packet<Ipv6>) -> u32 {
+    match try_solicitation(ctx, sender, packet) {
+        Ok(Some(verdict)) => verdict.word(),
+        Ok(None) => NOT_OURS,
+        Err(reason) => Verdict::of(Err(reason)).word(),
+    }
+}
+
+#[inline(always)]
+fn try_solicitation(
+    ctx: &TcContext,
+    sender: u32,
+    packet: &Packet<Ipv6>,
+) -> Result<Option<Verdict>, DropReason> {
+    let config = local::config()?;
+    let sender = local::by_number(sender).ok_or(DropReason::StaleEndpoint)?;
     // SAFETY: plain bytes.
     let place =
         unsafe { access::at::<Neighbour>(ctx, ETHERNET + 40) }.ok_or(DropReason::Neighbour)?;

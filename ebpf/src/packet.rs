@@ -8,21 +8,25 @@ use weir_common::{
     protocol::{self, tcp_flag},
 };
 
-use crate::access::{self, ETHERNET};
+use crate::{
+    access::{self, ETHERNET},
+    rewrite::Rewrite,
+};
 
-/// Place of a packet in a fragmented datagram.
-#[derive(Clone, Copy, Eq, PartialEq)]
-pub enum Fragment {
+/// Place of a packet in a fragmented datagram: values of [`Packet::fragment`].
+pub mod fragment {
     /// The whole datagram.
-    Whole,
+    pub const WHOLE: u8 = 0;
     /// The first fragment: it has the ports.
-    First,
+    pub const FIRST: u8 = 1;
     /// A later fragment: it has no layer-4 header.
-    Later,
+    pub const LATER: u8 = 2;
 }
 
-/// A packet whose headers have been read and found consistent.
+/// A packet whose headers have been read and found consistent. Every bit pattern of it is valid:
+/// it stands in [`crate::scratch::packet`].
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Packet<A> {
     /// The tuple, with the scope of the hook.
     pub key: FlowKey<A>,
@@ -33,8 +37,8 @@ pub struct Packet<A> {
     pub l3_length: u32,
     /// Identification of a fragmented datagram.
     pub identification: u32,
-    /// See [`Fragment`].
-    pub fragment: Fragment,
+    /// One of [`fragment`].
+    pub fragment: u8,
     /// Time to live, or hop limit.
     pub ttl: u8,
     /// TCP flags.
@@ -43,26 +47,36 @@ pub struct Packet<A> {
     pub tcp_header: u8,
     /// Type of an ICMP message.
     pub icmp_type: u8,
-    /// IPv4: may not be fragmented. Always so in IPv6.
-    pub dont_fragment: bool,
+    /// 1: may not be fragmented (always so in IPv6).
+    pub dont_fragment: u8,
+    /// How it is translated; nothing as long as its flags are zero.
+    pub rewrite: Rewrite<A>,
 }
 
 impl<A: Address> Packet<A> {
-    /// A packet of which nothing but the tuple's addresses is known yet.
+    /// Starts anew with a tuple of which the ports are not known yet.
     #[inline(always)]
-    pub fn new(key: FlowKey<A>) -> Self {
-        Self {
-            key,
-            l4_offset: 0,
-            l3_length: 0,
-            identification: 0,
-            fragment: Fragment::Whole,
-            ttl: 0,
-            tcp_flags: 0,
-            tcp_header: 0,
-            icmp_type: 0,
-            dont_fragment: true,
-        }
+    pub fn reset(&mut self, source: A, destination: A, protocol: u8, scope: u8) {
+        self.key.source = source;
+        self.key.destination = destination;
+        self.key.source_port = Port([0; 2]);
+        self.key.destination_port = Port([0; 2]);
+        self.key.protocol = protocol;
+        self.key.scope = scope;
+        self.key.reserved = 0;
+        self.identification = 0;
+        self.fragment = fragment::WHOLE;
+        self.tcp_flags = 0;
+        self.tcp_header = 0;
+        self.icmp_type = 0;
+        self.dont_fragment = 1;
+        self.rewrite.flags = 0;
+    }
+
+    /// A later fragment, which has no layer-4 header.
+    #[inline(always)]
+    pub fn is_later_fragment(&self) -> bool {
+        self.fragment == fragment::LATER
     }
 
     /// A TCP packet that opens a connection.
@@ -92,7 +106,7 @@ impl<A: Address> Packet<A> {
     /// network header.
     #[inline(always)]
     pub fn read_l4(&mut self, ctx: &TcContext, l4_length: u32) -> Result<(), DropReason> {
-        if matches!(self.fragment, Fragment::Later) {
+        if self.is_later_fragment() {
             return Ok(());
         }
         match self.key.protocol {
@@ -149,7 +163,7 @@ impl<A: Address> Packet<A> {
         let length = u16::from_be(header.length) as u32;
         // The length of a first fragment is that of the whole datagram; that of an offloaded
         // packet beyond 64 KiB is zero.
-        let whole = matches!(self.fragment, Fragment::Whole);
+        let whole = self.fragment == fragment::WHOLE;
         let jumbo = length == 0 && access::gso_size(ctx) != 0;
         if !jumbo && (length < 8 || (whole && length > l4_length)) {
             return Err(DropReason::Malformed);

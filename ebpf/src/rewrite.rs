@@ -14,15 +14,11 @@ use weir_common::{
     protocol,
 };
 
-use crate::{
-    access,
-    family::Family,
-    packet::{Fragment, Packet},
-    switches,
-};
+use crate::{access, family::Family, packet::Packet, switches};
 
 /// A translation of one direction of a flow.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Rewrite<A> {
     /// New source address.
     pub source: A,
@@ -41,18 +37,16 @@ pub struct Rewrite<A> {
 }
 
 impl<A: Address + Summed> Rewrite<A> {
-    /// The translation that an entry holds.
+    /// Takes over the translation that an entry holds.
     #[inline(always)]
-    pub fn of(entry: &FlowEntry<A>) -> Self {
-        Self {
-            source: entry.new_source,
-            destination: entry.new_destination,
-            source_port: entry.new_source_port,
-            destination_port: entry.new_destination_port,
-            address_difference: entry.address_difference,
-            port_difference: entry.port_difference,
-            flags: entry.flags,
-        }
+    pub fn copy_from(&mut self, entry: &FlowEntry<A>) {
+        self.source = entry.new_source;
+        self.destination = entry.new_destination;
+        self.source_port = entry.new_source_port;
+        self.destination_port = entry.new_destination_port;
+        self.address_difference = entry.address_difference;
+        self.port_difference = entry.port_difference;
+        self.flags = entry.flags;
     }
 
     /// Whether anything is rewritten at all.
@@ -69,7 +63,7 @@ impl<A: Address + Summed> Rewrite<A> {
         packet: &Packet<A>,
     ) -> Result<(), DropReason> {
         F::write_addresses(ctx, self.source, self.destination, self.address_difference)?;
-        if self.port_difference != 0 && !matches!(packet.fragment, Fragment::Later) {
+        if self.port_difference != 0 && !packet.is_later_fragment() {
             // SAFETY: plain bytes.
             let ports = unsafe { access::at::<[Port; 2]>(ctx, packet.l4_offset) }
                 .ok_or(DropReason::Malformed)?;
@@ -122,7 +116,7 @@ fn replace(ctx: &TcContext, offset: u32, difference: u32, flags: u64) -> Result<
 /// addresses and ports.
 #[inline(always)]
 fn checksum_of<A: Address>(packet: &Packet<A>) -> Option<(u32, u64)> {
-    if matches!(packet.fragment, Fragment::Later) {
+    if packet.is_later_fragment() {
         return None;
     }
     match packet.key.protocol {

@@ -10,25 +10,127 @@
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use weir_common::{
-    DropReason,
-    config::Config,
     flow::{self, ConnectionState, FlowKey},
     limits::FLOW_RING_PROBES,
     metrics::{Hook, outcome},
 };
 
-use crate::{family::Family, flow as flows, maps, verdict};
+use crate::{family::Family, flow as flows, local, maps, packet::Packet, scratch, verdict};
 
 /// No place could be had.
-const NO_PLACE: u32 = u32::MAX;
+pub const NO_PLACE: u32 = u32::MAX;
 
-/// Hands out a place for a new connection; its former tenant, if any, is gone when this returns.
+/// Gives the place for the connection of a packet; its former tenant, if any, is gone when this
+/// returns. A stale connection of the same tuple leaves its own place to the new one.
 #[inline(always)]
-pub fn claim<F: Family>(config: &Config, now: u32) -> Result<u32, DropReason> {
-    match find_place::<F>(config, now) {
-        NO_PLACE => Err(DropReason::FlowTableFull),
-        place => Ok(place),
+pub fn take_place<F: Family>(packet: &Packet<F::Address>) -> u32 {
+    match take_over::<F>(packet) {
+        NO_PLACE => find_place::<F>(),
+        place => place,
     }
+}
+
+/// Removes the other half of a stale connection of the same tuple and gives its place, or
+/// [`NO_PLACE`] if there is none.
+#[inline(never)]
+fn take_over<F: Family>(packet: &Packet<F::Address>) -> u32 {
+    match flows::look_at::<F>(&packet.key) {
+        Some(stale) => {
+            flows::remove::<F>(&stale.partner);
+            stale.ring
+        }
+        None => NO_PLACE,
+    }
+}
+
+/// Looks for a place under the hand and a few after it.
+///
+/// What was seen so far stands in the scratch room, of which the verifier knows nothing: it then
+/// follows one path from step to step.
+#[inline(always)]
+fn find_place<F: Family>() -> u32 {
+    let Ok(work) = scratch::decision::<F>() else {
+        return NO_PLACE;
+    };
+    work.candidate = NO_PLACE;
+    let mut i = 0;
+    while i < FLOW_RING_PROBES {
+        i += 1;
+        let place = next_place::<F>();
+        if place == NO_PLACE {
+            return NO_PLACE;
+        }
+        if is_free::<F>(place) != 0 {
+            return place;
+        }
+    }
+    evict::<F>()
+}
+
+/// Bits of a merit that count idle time, most merit for the least.
+const MERIT_AGE_BITS: u32 = 28;
+
+/// Returns 1 if nobody has a place, or nobody any more: an idle connection is removed here. Else
+/// the place becomes the candidate for eviction if its connection matters less than the former
+/// candidate's.
+#[inline(never)]
+fn is_free<F: Family>(place: u32) -> u32 {
+    let Ok(config) = local::config() else {
+        return 1;
+    };
+    let Ok(work) = scratch::decision::<F>() else {
+        return 1;
+    };
+    let Some(key) = F::ring().get(place) else {
+        return 1;
+    };
+    if key.protocol == 0 {
+        return 1;
+    }
+    let Some(tenant) = flows::look_at::<F>(key) else {
+        return 1;
+    };
+    if tenant.ring != place {
+        return 1;
+    }
+    let idle = tenant.idle(flows::now());
+    if idle
+        > config
+            .timeouts
+            .of(tenant.state)
+            .saturating_mul(flow::TICKS_PER_SECOND)
+    {
+        flows::remove::<F>(&tenant.partner);
+        flows::remove::<F>(key);
+        verdict::count(Hook::FromPod, outcome::FLOW_EXPIRED, 0);
+        return 1;
+    }
+    let most = (1 << MERIT_AGE_BITS) - 1;
+    let youth = most - if idle > most { most } else { idle };
+    let merit = ConnectionState::eviction_rank(tenant.state) << MERIT_AGE_BITS | youth;
+    if work.candidate == NO_PLACE || merit < work.candidate_merit {
+        work.candidate = place;
+        work.candidate_merit = merit;
+    }
+    0
+}
+
+/// Removes the candidate's connection and gives its place.
+#[inline(never)]
+fn evict<F: Family>() -> u32 {
+    let Ok(work) = scratch::decision::<F>() else {
+        return NO_PLACE;
+    };
+    let place = work.candidate;
+    let Some(key) = F::ring().get(place) else {
+        return NO_PLACE;
+    };
+    if let Some(tenant) = flows::look_at::<F>(key) {
+        flows::remove::<F>(&tenant.partner);
+    }
+    flows::remove::<F>(key);
+    verdict::count(Hook::FromPod, outcome::FLOW_EVICTED, 0);
+    place
 }
 
 /// Enters the connection with the forward key `key` at its place.
@@ -41,72 +143,21 @@ pub fn enter<F: Family>(place: u32, key: &FlowKey<F::Address>) {
     }
 }
 
-#[inline(never)]
-fn find_place<F: Family>(config: &Config, now: u32) -> u32 {
-    let mut best = NO_PLACE;
-    let mut best_rank = u32::MAX;
-    let mut best_age = 0;
-    let mut i = 0;
-    while i < FLOW_RING_PROBES {
-        i += 1;
-        let Some(place) = next_place::<F>(config.connections) else {
-            return NO_PLACE;
-        };
-        let Some(key) = tenant_key::<F>(place) else {
-            return place;
-        };
-        let Some(tenant) = flows::look_at::<F>(&key) else {
-            return place;
-        };
-        if tenant.ring != place {
-            return place;
-        }
-        if tenant.idle(now)
-            > config
-                .timeouts
-                .of(tenant.state)
-                .saturating_mul(flow::TICKS_PER_SECOND)
-        {
-            flows::remove_pair::<F>(&key);
-            verdict::count(Hook::FromPod, outcome::FLOW_EXPIRED, 0);
-            return place;
-        }
-        let (rank, age) = (
-            ConnectionState::eviction_rank(tenant.state),
-            tenant.idle(now),
-        );
-        if rank < best_rank || (rank == best_rank && age > best_age) || best == NO_PLACE {
-            best = place;
-            best_rank = rank;
-            best_age = age;
-        }
-    }
-    if best != NO_PLACE
-        && let Some(key) = tenant_key::<F>(best)
-    {
-        flows::remove_pair::<F>(&key);
-        verdict::count(Hook::FromPod, outcome::FLOW_EVICTED, 0);
-    }
-    best
-}
-
-/// The place under the hand, which moves on.
+/// The place under the hand, which moves on; [`NO_PLACE`] if there is no ring.
 #[inline(always)]
-fn next_place<F: Family>(connections: u32) -> Option<u32> {
-    let state = maps::FLOW_RING_STATE.get_ptr_mut(F::RING_STATE)?;
-    if connections == 0 {
-        return None;
+fn next_place<F: Family>() -> u32 {
+    let Ok(config) = local::config() else {
+        return NO_PLACE;
+    };
+    let Some(state) = maps::FLOW_RING_STATE.get_ptr_mut(F::RING_STATE) else {
+        return NO_PLACE;
+    };
+    if config.connections == 0 {
+        return NO_PLACE;
     }
     // SAFETY: an aligned word of an array that lives as long as the program; every processor
     // changes it by this instruction only.
     let hand =
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*state).hand, 1) };
-    Some((hand % u64::from(connections)) as u32)
-}
-
-/// Key of the connection that has a place, `None` if it is free.
-#[inline(always)]
-fn tenant_key<F: Family>(place: u32) -> Option<FlowKey<F::Address>> {
-    let key = *F::ring().get(place)?;
-    if key.protocol == 0 { None } else { Some(key) }
+    (hand % u64::from(config.connections)) as u32
 }

@@ -1,9 +1,39 @@
 //! Links, addresses, routes, neighbours and their changes, in the network namespace of the agent. Knows the
 //! kernel's words only, nothing of Kubernetes or maps.
+//!
+//! [`Netlink`] asks and changes, [`Netlink::watch`] tells of changes by others, [`pod`] is the host
+//! side of a pod, [`sysctl`] the switches under `/proc/sys/net`. All of Weir's routes and
+//! neighbours carry [`ROUTE_PROTOCOL`]; whatever has another number belongs to someone else and is
+//! never changed.
 
-use std::net::IpAddr;
+mod connection;
+mod convert;
+pub mod pod;
+mod socket;
+pub mod sysctl;
+mod watch;
+
+use std::{fmt, io, net::IpAddr};
 
 use ipnet::IpNet;
+
+pub use self::{connection::Refusal, socket::Netlink};
+
+/// The routing protocol number (`rtm_protocol`, also `NDA_PROTOCOL`) of what Weir enters.
+///
+/// Numbers above 4 are for user space. In use elsewhere (linux/rtnetlink.h, iproute2's
+/// `rt_protos`, the programs' sources): 8 gated, 9 router advertisements, 10 mrt, 11 zebra, 12
+/// bird, 13 dnrouted, 14 xorp, 15 ntk, 16 dhcp, 17 mrouted, 18 keepalived, 42 babel, 80 Calico, 99
+/// Open/R, 186 to 197 FRR's daemons, 201 OVN. To see Weir's: `ip route show proto 157`.
+pub const ROUTE_PROTOCOL: u8 = 157;
+
+/// Metric of Weir's unicast routes. Not the kernel's default (0 for IPv4, 1024 for IPv6), so that
+/// a route of an administrator to the same prefix is another route and never replaced.
+pub const ROUTE_METRIC: u32 = 157;
+
+/// Metric of Weir's `unreachable` routes: any other route to the same prefix is preferred. The
+/// number is the one of the kernel's `Documentation/networking/vrf.rst`.
+pub const UNREACHABLE_METRIC: u32 = 4_278_198_272;
 
 /// A network device.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -51,4 +81,174 @@ pub enum NetlinkEvent {
     LinkRemoved(u32),
     /// Links, addresses or routes changed: look again.
     Changed,
+}
+
+/// A route of Weir's own protocol in the main table.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Route {
+    /// Destination, truncated to the network.
+    pub destination: IpNet,
+    /// Metric; destination and metric are the identity of a route.
+    pub metric: u32,
+    /// Where to.
+    pub target: RouteTarget,
+}
+
+/// Where a route leads to.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum RouteTarget {
+    /// To a neighbour on the link: a pod's device.
+    Link {
+        /// Interface index.
+        ifindex: u32,
+    },
+    /// Through a gateway on the link, of either family (RFC 5549).
+    Via {
+        /// Interface index.
+        ifindex: u32,
+        /// Address of the gateway.
+        gateway: IpAddr,
+    },
+    /// Nowhere, with an ICMP error.
+    Unreachable,
+    /// Anything that Weir does not make: someone has tampered with the route.
+    Foreign,
+}
+
+impl Route {
+    /// To a pod behind a device of this node.
+    pub fn to_pod(address: IpAddr, ifindex: u32) -> Self {
+        Self {
+            destination: address.into(),
+            metric: ROUTE_METRIC,
+            target: RouteTarget::Link { ifindex },
+        }
+    }
+
+    /// Through a gateway.
+    pub fn via(destination: IpNet, ifindex: u32, gateway: IpAddr) -> Self {
+        Self {
+            destination: destination.trunc(),
+            metric: ROUTE_METRIC,
+            target: RouteTarget::Via { ifindex, gateway },
+        }
+    }
+
+    /// For what nothing more specific and nobody else has a route to.
+    pub fn unreachable(destination: IpNet) -> Self {
+        Self {
+            destination: destination.trunc(),
+            metric: UNREACHABLE_METRIC,
+            target: RouteTarget::Unreachable,
+        }
+    }
+
+    /// Whether it is one that [`pod::install`] makes; the others are the node manager's.
+    pub fn is_to_pod(&self) -> bool {
+        matches!(self.target, RouteTarget::Link { .. })
+            && self.destination.prefix_len() == self.destination.max_prefix_len()
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let destination = self.destination;
+        match self.target {
+            RouteTarget::Link { ifindex } => write!(f, "{destination} dev #{ifindex}"),
+            RouteTarget::Via { ifindex, gateway } => {
+                write!(f, "{destination} via {gateway} dev #{ifindex}")
+            }
+            RouteTarget::Unreachable => write!(f, "unreachable {destination}"),
+            RouteTarget::Foreign => write!(f, "{destination}"),
+        }
+    }
+}
+
+/// A change of the kernel's configuration; applying it twice is applying it once.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Change {
+    /// Enter the route, or replace the one with its destination and metric.
+    ReplaceRoute(Route),
+    /// Remove the route of Weir's protocol with its destination and metric (and device, if the
+    /// target is a link), if there is one.
+    RemoveRoute(Route),
+    /// Enter a permanent neighbour, or replace the neighbour of that address.
+    ReplaceNeighbour {
+        /// Interface index.
+        ifindex: u32,
+        /// Its address.
+        address: IpAddr,
+        /// Its Ethernet address.
+        mac: [u8; 6],
+    },
+    /// Remove a neighbour, if it is there.
+    RemoveNeighbour {
+        /// Interface index.
+        ifindex: u32,
+        /// Its address.
+        address: IpAddr,
+    },
+    /// Set a device up.
+    SetLinkUp(u32),
+    /// Remove a device (and with a veth its peer), if it is there. Takes some 16 ms.
+    RemoveLink(u32),
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ReplaceRoute(route) => write!(f, "enter the route {route}"),
+            Self::RemoveRoute(route) => write!(f, "remove the route {route}"),
+            Self::ReplaceNeighbour {
+                ifindex, address, ..
+            } => write!(f, "enter the neighbour {address} on device #{ifindex}"),
+            Self::RemoveNeighbour { ifindex, address } => {
+                write!(f, "remove the neighbour {address} of device #{ifindex}")
+            }
+            Self::SetLinkUp(ifindex) => write!(f, "set device #{ifindex} up"),
+            Self::RemoveLink(ifindex) => write!(f, "remove device #{ifindex}"),
+        }
+    }
+}
+
+/// Why something could not be asked or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// The conversation itself failed.
+    #[error("netlink: {0}")]
+    Socket(#[from] io::Error),
+    /// The kernel does not list.
+    #[error("cannot list {what}: {refusal}")]
+    List {
+        /// Links, addresses, routes.
+        what: &'static str,
+        /// The kernel's answer.
+        refusal: Refusal,
+    },
+    /// The kernel does not change.
+    #[error("cannot {change}: {refusal}")]
+    Change {
+        /// What was wanted.
+        change: Change,
+        /// The kernel's answer.
+        refusal: Refusal,
+    },
+    /// The kernel would not send to the address.
+    #[error("no route to {destination}: {cause}")]
+    NoRoute {
+        /// The address.
+        destination: IpAddr,
+        /// The kernel's answer.
+        cause: String,
+    },
+}
+
+impl Link {
+    /// Whether it is the host side of a pod's veth pair: its Ethernet address says so.
+    pub fn is_pod_device(&self) -> bool {
+        self.kind == "veth"
+            && self
+                .mac
+                .is_some_and(|mac| mac[..2] == weir_common::endpoint::HOST_MAC_PREFIX)
+    }
 }

@@ -1,5 +1,12 @@
 //! Where objects come from: one stream of typed changes and a 'synced' mark.
 
+mod catalog;
+pub mod dir;
+mod watch;
+pub mod yaml;
+
+use std::{io, path::PathBuf};
+
 use tokio::sync::{mpsc, oneshot};
 
 use crate::objects::{Object, ObjectKey};
@@ -39,4 +46,49 @@ pub struct SourceHandle {
     pub batches: mpsc::Receiver<Batch>,
     /// Ask it to look again now; the answer is sent after the batch of that revision was queued.
     pub rescan: mpsc::Sender<Rescan>,
+}
+
+/// Why a source cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The directory is not there.
+    #[error("source dir:{}: there is no such directory; create it or correct --source", path.display())]
+    Absent {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The path leads to something else.
+    #[error("source dir:{}: is not a directory", path.display())]
+    NotADirectory {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The directory cannot be looked at.
+    #[error("source dir:{}: cannot read the directory: {error}", path.display())]
+    Unreadable {
+        /// The directory.
+        path: PathBuf,
+        /// As the system has it.
+        error: io::Error,
+    },
+    /// The directory cannot be watched.
+    #[error(
+        "source dir:{}: cannot watch the directory: {error}; if this is a limit, raise the sysctls \
+         fs.inotify.max_user_instances and fs.inotify.max_user_watches",
+        path.display()
+    )]
+    Watch {
+        /// The directory.
+        path: PathBuf,
+        /// As the system has it.
+        error: io::Error,
+    },
+    /// The thread of the source cannot be started.
+    #[error("source dir:{}: cannot start its thread: {error}", path.display())]
+    Thread {
+        /// The directory.
+        path: PathBuf,
+        /// As the system has it.
+        error: io::Error,
+    },
 }

@@ -62,8 +62,12 @@ pub trait Family: Sized {
     /// Unspecified, or valid on one link only.
     fn is_link_local(address: Self::Address) -> bool;
 
-    /// Reads the headers into a [`Packet`] whose key has `scope`.
-    fn parse(ctx: &TcContext, scope: u8) -> Result<Packet<Self::Address>, DropReason>;
+    /// Reads the headers into `packet`, whose key gets `scope`.
+    fn parse(
+        ctx: &TcContext,
+        scope: u8,
+        packet: &mut Packet<Self::Address>,
+    ) -> Result<(), DropReason>;
 
     /// Writes new addresses into the network header, with the checksum where it has one.
     fn write_addresses(
@@ -78,4 +82,9 @@ pub trait Family: Sized {
 
     /// The tuple as words for [`weir_common::hash::mix`].
     fn hash_tuple(packet: &Packet<Self::Address>) -> u32;
+
+    /// [`crate::decide::decide`] as a global function.
+    fn decide(sender: u32, ports_known: u32) -> u32;
+    /// [`crate::flow::enter`] as a global function.
+    fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32;
 }

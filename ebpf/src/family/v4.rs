@@ -5,7 +5,6 @@ use weir_common::{
     DropReason, Ipv4, checksum,
     config::{Config, PodRange},
     endpoint::Endpoint,
-    flow::FlowKey,
     hash,
     ipcache::IpcacheEntry,
     lookup::Lookup,
@@ -14,8 +13,9 @@ use weir_common::{
 use super::{Family, InPodRange};
 use crate::{
     access::{self, ETHERNET},
+    global,
     maps::{self, FlowRing, Flows, Fragments, Frontends, LocalAddresses},
-    packet::{Fragment, Packet},
+    packet::{Packet, fragment},
 };
 
 /// Marker of the family.
@@ -129,7 +129,7 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn parse(ctx: &TcContext, scope: u8) -> Result<Packet<Ipv4>, DropReason> {
+    fn parse(ctx: &TcContext, scope: u8, packet: &mut Packet<Ipv4>) -> Result<(), DropReason> {
         // SAFETY: checked by `header`.
         let header = unsafe { &*header(ctx)? };
         let header_length = u32::from(header.version_and_length & 0x0f) * 4;
@@ -144,28 +144,21 @@ impl Family for V4 {
         if length < header_length || length > available {
             return Err(DropReason::Malformed);
         }
-        let fragment = u16::from_be(header.fragment);
-        let mut packet = Packet::new(FlowKey {
-            source: header.source,
-            destination: header.destination,
-            protocol: header.protocol,
-            scope,
-            ..FlowKey::default()
-        });
+        packet.reset(header.source, header.destination, header.protocol, scope);
         packet.l4_offset = ETHERNET + header_length;
         packet.l3_length = length;
         packet.ttl = header.ttl;
-        packet.dont_fragment = fragment & DONT_FRAGMENT != 0;
-        if fragment & (MORE_FRAGMENTS | OFFSET) != 0 {
+        let place = u16::from_be(header.fragment);
+        packet.dont_fragment = u8::from(place & DONT_FRAGMENT != 0);
+        if place & (MORE_FRAGMENTS | OFFSET) != 0 {
             packet.identification = u32::from(header.identification);
-            packet.fragment = if fragment & OFFSET == 0 {
-                Fragment::First
+            packet.fragment = if place & OFFSET == 0 {
+                fragment::FIRST
             } else {
-                Fragment::Later
+                fragment::LATER
             };
         }
-        packet.read_l4(ctx, length - header_length)?;
-        Ok(packet)
+        packet.read_l4(ctx, length - header_length)
     }
 
     #[inline(always)]
@@ -190,6 +183,15 @@ impl Family for V4 {
         header.ttl -= 1;
         header.checksum = checksum::apply(header.checksum, TTL_DIFFERENCE);
         Ok(())
+    }
+
+    #[inline(always)]
+    fn decide(sender: u32, ports_known: u32) -> u32 {
+        global::decide_v4(sender, ports_known)
+    }
+    #[inline(always)]
+    fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {
+        global::commit_v4(ctx.skb.skb, hook, sender)
     }
 
     #[inline(always)]

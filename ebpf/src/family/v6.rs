@@ -5,7 +5,6 @@ use weir_common::{
     DropReason, Ipv6,
     config::{Config, PodRange},
     endpoint::Endpoint,
-    flow::FlowKey,
     hash,
     ipcache::IpcacheEntry,
     lookup::Lookup,
@@ -15,8 +14,9 @@ use weir_common::{
 use super::{Family, InPodRange};
 use crate::{
     access::{self, ETHERNET, OFFSET_MASK},
+    global,
     maps::{self, FlowRing, Flows, Fragments, Frontends, LocalAddresses},
-    packet::{Fragment, Packet},
+    packet::{Packet, fragment},
 };
 
 /// Marker of the family.
@@ -125,45 +125,34 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn parse(ctx: &TcContext, scope: u8) -> Result<Packet<Ipv6>, DropReason> {
-        let (next_header, length, mut packet) = {
-            // SAFETY: checked by `header`.
-            let header = unsafe { &*header(ctx)? };
-            if header.version_and_flow.to_be() >> 28 != 6 {
-                return Err(DropReason::Malformed);
-            }
-            let available = ctx.len() - ETHERNET;
-            let payload = u32::from(u16::from_be(header.payload_length));
-            // An offloaded packet beyond 64 KiB says zero (RFC 2675).
-            let jumbo = payload == 0 && access::gso_size(ctx) != 0;
-            let length = if jumbo { available } else { HEADER + payload };
-            if length > available {
-                return Err(DropReason::Malformed);
-            }
-            let mut packet = Packet::new(FlowKey {
-                source: header.source,
-                destination: header.destination,
-                scope,
-                ..FlowKey::default()
-            });
-            packet.ttl = header.hop_limit;
-            packet.l3_length = length;
-            (header.next_header, length, packet)
-        };
+    fn parse(ctx: &TcContext, scope: u8, packet: &mut Packet<Ipv6>) -> Result<(), DropReason> {
+        // SAFETY: checked by `header`.
+        let header = unsafe { &*header(ctx)? };
+        if header.version_and_flow.to_be() >> 28 != 6 {
+            return Err(DropReason::Malformed);
+        }
+        let available = ctx.len() - ETHERNET;
+        let payload = u32::from(u16::from_be(header.payload_length));
+        // An offloaded packet beyond 64 KiB says zero (RFC 2675).
+        let jumbo = payload == 0 && access::gso_size(ctx) != 0;
+        let length = if jumbo { available } else { HEADER + payload };
+        if length > available {
+            return Err(DropReason::Malformed);
+        }
+        packet.reset(header.source, header.destination, header.next_header, scope);
+        packet.ttl = header.hop_limit;
+        packet.l3_length = length;
         packet.l4_offset = ETHERNET + HEADER;
-        packet.key.protocol = next_header;
-        if !is_upper_layer(next_header) {
-            let walked = walk_extensions(ctx, next_header, length)?;
-            packet.l4_offset = walked.offset;
-            packet.key.protocol = walked.protocol;
-            packet.fragment = walked.fragment;
-            packet.identification = walked.identification;
-            if !access::make_readable(ctx, walked.offset + 20) {
+        if !is_upper_layer(packet.key.protocol) {
+            walk_extensions(ctx, packet)?;
+            if !access::make_readable(ctx, packet.l4_offset + 20) {
                 return Err(DropReason::PullFailed);
             }
         }
-        packet.read_l4(ctx, ETHERNET + length - packet.l4_offset)?;
-        Ok(packet)
+        packet.read_l4(
+            ctx,
+            (ETHERNET + packet.l3_length).wrapping_sub(packet.l4_offset),
+        )
     }
 
     #[inline(always)]
@@ -186,6 +175,15 @@ impl Family for V6 {
         let header = unsafe { &mut *header(ctx)? };
         header.hop_limit -= 1;
         Ok(())
+    }
+
+    #[inline(always)]
+    fn decide(sender: u32, ports_known: u32) -> u32 {
+        global::decide_v6(sender, ports_known)
+    }
+    #[inline(always)]
+    fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {
+        global::commit_v6(ctx.skb.skb, hook, sender)
     }
 
     #[inline(always)]
@@ -216,79 +214,84 @@ fn is_upper_layer(next_header: u8) -> bool {
     )
 }
 
-/// Where a chain of extension headers ends.
-struct Walked {
-    offset: u32,
-    identification: u32,
-    protocol: u8,
-    fragment: Fragment,
+/// Follows extension headers to the upper layer. A header that reaches beyond the packet, a second
+/// fragment header and a chain longer than [`EXTENSION_HEADERS_MAX`] are errors: such a packet must
+/// not pass as something it is not.
+#[inline(always)]
+fn walk_extensions(ctx: &TcContext, packet: &mut Packet<Ipv6>) -> Result<(), DropReason> {
+    match walk(ctx, packet) {
+        0 => Ok(()),
+        reason => Err(DropReason::of_kernel(reason)),
+    }
 }
 
-/// Follows extension headers to the upper layer. `length` is that of the packet from the network
-/// header on. A header that reaches beyond it, a second fragment header and a chain longer than
-/// [`EXTENSION_HEADERS_MAX`] are errors: such a packet must not pass as something it is not.
-#[inline(always)]
-fn walk_extensions(ctx: &TcContext, first: u8, length: u32) -> Result<Walked, DropReason> {
-    let end = ETHERNET + length;
-    let mut walked = Walked {
-        offset: ETHERNET + HEADER,
-        identification: 0,
-        protocol: first,
-        fragment: Fragment::Whole,
-    };
+/// A function of its own: few packets have extension headers. Returns 0, or the number of a drop
+/// reason.
+#[inline(never)]
+fn walk(ctx: &TcContext, packet: &mut Packet<Ipv6>) -> u32 {
+    let end = ETHERNET + packet.l3_length;
     let mut fragmented = false;
     let mut i = 0;
     while i < EXTENSION_HEADERS_MAX {
         i += 1;
-        let unit = match walked.protocol {
-            extension::HOP_BY_HOP
-            | extension::ROUTING
-            | extension::DESTINATION
-            | extension::MOBILITY => 8,
-            extension::AUTHENTICATION => 4,
-            extension::FRAGMENT => 0,
-            _ => return Ok(walked),
-        };
-        if walked.offset + 8 > end || walked.offset > OFFSET_MASK - 64 {
-            return Err(DropReason::Malformed);
+        let offset = packet.l4_offset;
+        let kind = packet.key.protocol;
+        if !is_extension(kind) {
+            return 0;
         }
-        let header: [u8; 8] = ctx
-            .load(walked.offset as usize)
-            .map_err(|_| DropReason::Malformed)?;
-        let size = match unit {
-            0 => {
-                if fragmented {
-                    return Err(DropReason::Malformed);
-                }
-                fragmented = true;
-                let offset_and_flags = u16::from_be_bytes([header[2], header[3]]);
-                walked.identification =
-                    u32::from_ne_bytes([header[4], header[5], header[6], header[7]]);
-                walked.fragment = if offset_and_flags & 0xfff8 != 0 {
-                    Fragment::Later
-                } else if offset_and_flags & 1 != 0 {
-                    Fragment::First
-                } else {
-                    // An atomic fragment (RFC 6946) is a whole datagram.
-                    Fragment::Whole
-                };
-                8
-            }
-            4 => (u32::from(header[1]) + 2) * 4,
+        if offset + 8 > end {
+            return DropReason::Malformed as u32;
+        }
+        if offset > OFFSET_MASK - 64 {
+            return DropReason::ExtensionHeaders as u32;
+        }
+        let Ok(header) = ctx.load::<[u8; 8]>(offset as usize) else {
+            return DropReason::Malformed as u32;
+        };
+        let size = match kind {
+            extension::FRAGMENT => 8,
+            extension::AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
             _ => (u32::from(header[1]) + 1) * 8,
         };
-        walked.offset += size;
-        walked.protocol = header[0];
-        if walked.offset > end {
-            return Err(DropReason::Malformed);
+        if offset + size > end {
+            return DropReason::Malformed as u32;
         }
-        if matches!(walked.fragment, Fragment::Later) {
-            // What follows is payload, whatever its first header was.
-            return Ok(walked);
-        }
-        if walked.offset > OFFSET_MASK - 64 {
-            return Err(DropReason::ExtensionHeaders);
+        packet.l4_offset = offset + size;
+        packet.key.protocol = header[0];
+        if kind == extension::FRAGMENT {
+            if fragmented {
+                return DropReason::Malformed as u32;
+            }
+            fragmented = true;
+            let place = u16::from_be_bytes([header[2], header[3]]);
+            packet.identification =
+                u32::from_ne_bytes([header[4], header[5], header[6], header[7]]);
+            if place & 0xfff8 != 0 {
+                // What follows is payload, whatever its first header was.
+                packet.fragment = fragment::LATER;
+                return 0;
+            }
+            // An atomic fragment (RFC 6946) is a whole datagram.
+            packet.fragment = if place & 1 != 0 {
+                fragment::FIRST
+            } else {
+                fragment::WHOLE
+            };
         }
     }
-    Err(DropReason::ExtensionHeaders)
+    DropReason::ExtensionHeaders as u32
+}
+
+/// Whether a header is followed to the next.
+#[inline(always)]
+fn is_extension(kind: u8) -> bool {
+    matches!(
+        kind,
+        extension::HOP_BY_HOP
+            | extension::ROUTING
+            | extension::DESTINATION
+            | extension::MOBILITY
+            | extension::AUTHENTICATION
+            | extension::FRAGMENT
+    )
 }

@@ -12,7 +12,7 @@ use crate::{
     flow, fragment, icmp,
     local::{self, Local},
     packet::Packet,
-    policy,
+    policy, scratch,
     verdict::Verdict,
 };
 
@@ -30,7 +30,8 @@ pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
 
 #[inline(always)]
 fn forward<F: Family>(ctx: &TcContext) -> Result<Verdict, DropReason> {
-    let packet = F::parse(ctx, scope::UNDERLAY)?;
+    let packet = scratch::packet::<F>()?;
+    F::parse(ctx, scope::UNDERLAY, packet)?;
     let config = local::config()?;
     match local::by_address::<F>(config, packet.key.destination) {
         Some(receiver) => to_local_pod::<F>(ctx, receiver, packet),
@@ -45,37 +46,25 @@ fn forward<F: Family>(ctx: &TcContext) -> Result<Verdict, DropReason> {
 fn to_local_pod<F: Family>(
     ctx: &TcContext,
     receiver: Local,
-    mut packet: Packet<F::Address>,
+    packet: &mut Packet<F::Address>,
 ) -> Result<Verdict, DropReason> {
     let config = local::config()?;
     if local::has_flows(receiver.number) {
-        if !fragment::resolve_ports::<F>(&mut packet) {
+        if !fragment::resolve_ports::<F>(packet) {
             // Whether it belongs to a translated connection cannot be told without its first.
             return Err(DropReason::FragmentNotFound);
         }
-        if let Some(found) = flow::find::<F>(ctx, Hook::FromNetdev, &packet, None) {
-            return deliver::deliver::<F>(
-                ctx,
-                Hook::FromNetdev,
-                &packet,
-                found.hop,
-                Some(&found.rewrite),
-            );
+        if let Some(hop) = flow::find::<F>(ctx, Hook::FromNetdev, packet, None) {
+            return deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, hop);
         }
-        if icmp::is_error(&packet) {
+        if icmp::is_error(packet) {
             decide::check_outside_source::<F>(config, packet.key.source)?;
-            let next_hop = icmp::translate_error::<F>(ctx, &packet)?;
+            let next_hop = icmp::translate_error::<F>(ctx, packet)?;
             let hop = Hop::find(next_hop.unwrap_or(receiver.number))?;
-            return deliver::deliver::<F>(ctx, Hook::FromNetdev, &packet, hop, None);
+            return deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, hop);
         }
     }
     decide::check_outside_source::<F>(config, packet.key.source)?;
     policy::judge(receiver.row.ingress_set)?;
-    deliver::deliver::<F>(
-        ctx,
-        Hook::FromNetdev,
-        &packet,
-        Hop::Endpoint(receiver.row),
-        None,
-    )
+    deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, Hop::Endpoint(receiver.row))
 }

@@ -12,7 +12,6 @@ use crate::{
     local::{self, Local},
     neighbour,
     packet::Packet,
-    rewrite::Rewrite,
     scratch,
     verdict::Verdict,
 };
@@ -24,23 +23,25 @@ pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
     let sender = local::of_device(ctx, HOST_MAC_PREFIX, frame.destination)?;
     match frame.kind {
         Kind::V4 => {
-            let packet = V4::parse(ctx, scope::POD)?;
+            let packet = scratch::packet::<V4>()?;
+            V4::parse(ctx, scope::POD, packet)?;
             if packet.key.source != sender.row.ipv4 || V4::is_link_local(packet.key.source) {
-                return unusual_source::<V4>(&packet);
+                return unusual_source::<V4>(packet);
             }
             forward::<V4>(ctx, sender, packet)
         }
         Kind::V6 => {
-            let packet = V6::parse(ctx, scope::POD)?;
-            if let Some(answer) = neighbour::solicitation(ctx, local::config()?, sender, &packet)? {
+            let packet = scratch::packet::<V6>()?;
+            V6::parse(ctx, scope::POD, packet)?;
+            if let Some(answer) = neighbour::solicitation(ctx, sender, packet) {
                 return Ok(answer);
             }
             if packet.key.source != sender.row.ipv6 || V6::is_link_local(packet.key.source) {
-                return unusual_source::<V6>(&packet);
+                return unusual_source::<V6>(packet);
             }
             forward::<V6>(ctx, sender, packet)
         }
-        Kind::Arp => neighbour::arp(ctx, local::config()?, sender),
+        Kind::Arp => Ok(neighbour::arp(ctx, sender)),
         Kind::Other => Err(DropReason::UnsupportedL3),
     }
 }
@@ -63,51 +64,55 @@ fn unusual_source<F: Family>(packet: &Packet<F::Address>) -> Result<Verdict, Dro
 fn forward<F: Family>(
     ctx: &TcContext,
     sender: Local,
-    mut packet: Packet<F::Address>,
+    packet: &mut Packet<F::Address>,
 ) -> Result<Verdict, DropReason> {
     if F::is_multicast(packet.key.destination) {
         return Ok(Verdict::STACK);
     }
-    let ports_known = fragment::resolve_ports::<F>(&mut packet);
+    let ports_known = fragment::resolve_ports::<F>(packet);
     let has_flows = ports_known && local::has_flows(sender.number);
     let found = if has_flows {
-        flow::find::<F>(ctx, Hook::FromPod, &packet, Some(sender))
+        flow::find::<F>(ctx, Hook::FromPod, packet, Some(sender))
     } else {
         None
     };
-    let (hop, rewrite) = match found {
-        Some(found) => (found.hop, found.rewrite),
-        None if has_flows && icmp::is_error(&packet) => {
-            return error_of_pod::<F>(ctx, sender, &packet);
+    let hop = match found {
+        Some(hop) => hop,
+        None if has_flows && icmp::is_error(packet) => {
+            Hop::find(next_hop_of_error::<F>(ctx, sender, packet)?)?
         }
-        None => {
-            decide::from_pod::<F>(&packet, sender.number, ports_known)?;
-            if scratch::decision::<F>()?.decision.stateful != 0 {
-                flow::commit::<F>(ctx, Hook::FromPod, &packet, sender.number)?;
-            }
-            let work = scratch::decision::<F>()?;
-            (
-                Hop::find(work.decision.next_hop)?,
-                Rewrite::of(&work.forward),
-            )
-        }
+        None => Hop::find(decide_and_commit::<F>(ctx, sender, packet, ports_known)?)?,
     };
-    deliver::deliver::<F>(ctx, Hook::FromPod, &packet, hop, Some(&rewrite))
+    deliver::deliver::<F>(ctx, Hook::FromPod, packet, hop)
 }
 
-/// An ICMP error that a pod sends, perhaps about a packet it got through a Service.
+/// A packet without an entry. Gives its next hop, and leaves the translation in the packet.
 #[inline(always)]
-fn error_of_pod<F: Family>(
+fn decide_and_commit<F: Family>(
+    ctx: &TcContext,
+    sender: Local,
+    packet: &mut Packet<F::Address>,
+    ports_known: bool,
+) -> Result<u32, DropReason> {
+    decide::from_pod::<F>(sender.number, ports_known)?;
+    if scratch::decision::<F>()?.decision.stateful != 0 {
+        flow::commit::<F>(ctx, Hook::FromPod, sender.number)?;
+        packet.rewrite.copy_from(&scratch::decision::<F>()?.forward);
+    }
+    Ok(scratch::decision::<F>()?.decision.next_hop)
+}
+
+/// An ICMP error that a pod sends, perhaps about a packet it got through a Service. Gives its next
+/// hop; it is translated already.
+#[inline(always)]
+fn next_hop_of_error<F: Family>(
     ctx: &TcContext,
     sender: Local,
     packet: &Packet<F::Address>,
-) -> Result<Verdict, DropReason> {
-    let next_hop = match icmp::translate_error::<F>(ctx, packet)? {
-        Some(next_hop) => next_hop,
-        None => {
-            decide::from_pod::<F>(packet, sender.number, true)?;
-            scratch::decision::<F>()?.decision.next_hop
-        }
-    };
-    deliver::deliver::<F>(ctx, Hook::FromPod, packet, Hop::find(next_hop)?, None)
+) -> Result<u32, DropReason> {
+    if let Some(next_hop) = icmp::translate_error::<F>(ctx, packet)? {
+        return Ok(next_hop);
+    }
+    decide::from_pod::<F>(sender.number, true)?;
+    Ok(scratch::decision::<F>()?.decision.next_hop)
 }

@@ -10,6 +10,7 @@ use crate::{
     family::{Family, V4, V6},
     flow, fragment, icmp,
     local::{self, Local},
+    scratch,
     verdict::Verdict,
 };
 
@@ -30,18 +31,20 @@ pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
 
 #[inline(always)]
 fn forward<F: Family>(ctx: &TcContext, receiver: Local) -> Result<Verdict, DropReason> {
-    let mut packet = F::parse(ctx, scope::HOST)?;
+    let packet = scratch::packet::<F>()?;
+    F::parse(ctx, scope::HOST, packet)?;
     if packet.key.destination != F::endpoint_address(receiver.row) {
         return Ok(Verdict::STACK);
     }
-    if !fragment::resolve_ports::<F>(&mut packet) {
+    if !fragment::resolve_ports::<F>(packet) {
         // Whether it belongs to a translated connection cannot be told without its first.
         return Err(DropReason::FragmentNotFound);
     }
-    if let Some(found) = flow::find::<F>(ctx, Hook::ToPod, &packet, None) {
-        deliver::translate::<F>(ctx, &packet, Some(&found.rewrite))?;
-    } else if icmp::is_error(&packet) {
-        icmp::translate_error::<F>(ctx, &packet)?;
+    if flow::find::<F>(ctx, Hook::ToPod, packet, None).is_some() {
+        return deliver::to_stack::<F>(ctx, packet);
+    }
+    if icmp::is_error(packet) {
+        icmp::translate_error::<F>(ctx, packet)?;
     }
     Ok(Verdict::STACK)
 }

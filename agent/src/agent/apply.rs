@@ -1,0 +1,265 @@
+//! Works off what is marked: looks up what a row should be and has its owner make it so.
+
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+use super::{Agent, Phase, Row};
+use crate::{
+    datapath::{Hop, HopRef},
+    endpoint::EndpointState,
+    netlink::pod,
+    node::{self, NodePlan},
+    objects::Family,
+};
+
+/// How long rows are worked off before other work gets its turn.
+const SLICE: Duration = Duration::from_millis(5);
+
+impl Agent {
+    /// The row has changed, or is to be tried again.
+    pub(super) fn mark(&mut self, row: Row) {
+        let phase = self.phase(&row);
+        self.rows.mark(row, phase);
+    }
+
+    fn phase(&self, row: &Row) -> Phase {
+        let either = |wanted, add, remove| if wanted { add } else { remove };
+        match row {
+            Row::Network => Phase::Look,
+            Row::Config => Phase::Found,
+            Row::Device(ifindex) => {
+                let wanted = self.plan.devices.contains_key(ifindex);
+                either(wanted, Phase::Found, Phase::Clear)
+            }
+            Row::Hop(node, family) => {
+                let wanted = self.plan.hops.contains_key(&(node.clone(), *family));
+                either(wanted, Phase::Hops, Phase::Clear)
+            }
+            Row::Prefix(prefix) => {
+                let wanted = self.plan.ipcache.contains_key(prefix);
+                either(wanted, Phase::Add, Phase::Remove)
+            }
+            // A frontend that moves goes to its new owner before the old one lets go.
+            Row::Service(key) => {
+                let wanted = self.model.service(key).is_some();
+                either(wanted, Phase::Add, Phase::Remove)
+            }
+            Row::Sweep => Phase::Sweep,
+        }
+    }
+
+    /// Works off rows for a short while.
+    pub(super) async fn work(&mut self) {
+        let end = Instant::now() + SLICE;
+        while Instant::now() < end {
+            let Some(row) = self.rows.take() else { break };
+            match self.apply(&row).await {
+                Ok(()) => self.rows.succeeded(&row),
+                Err(error) => self.failed(row, &error),
+            }
+        }
+    }
+
+    fn failed(&mut self, row: Row, error: &anyhow::Error) {
+        let (text, name) = (format!("{error:#}"), row.to_string());
+        let attempts = self.rows.fail(row, text.clone(), Instant::now());
+        // Once for people who read the log; status shows it as long as it lasts.
+        if attempts == 1 {
+            tracing::warn!(row = name, error = text, "cannot apply; trying again");
+        } else {
+            tracing::debug!(
+                row = name,
+                error = text,
+                attempts,
+                "cannot apply; trying again"
+            );
+        }
+    }
+
+    async fn apply(&mut self, row: &Row) -> anyhow::Result<()> {
+        match row {
+            Row::Network => self.look_at_network().await,
+            Row::Config => self.apply_config(),
+            Row::Device(ifindex) => self.apply_device(*ifindex),
+            Row::Hop(node, family) => self.apply_hop(node, *family),
+            Row::Prefix(prefix) => self.apply_prefix(*prefix),
+            Row::Service(key) => {
+                let desired = self.model.service(key);
+                let applied = self.datapath.apply_service(key, desired)?;
+                if desired.is_some() {
+                    self.applied.insert((**key).clone(), applied);
+                } else {
+                    self.applied.remove(&**key);
+                }
+                Ok(())
+            }
+            Row::Sweep => self.sweep().await,
+        }
+    }
+
+    async fn look_at_network(&mut self) -> anyhow::Result<()> {
+        let synced = self.source_state.synced;
+        let plan = self
+            .nodes
+            .reconcile(&self.node_objects, synced, &self.netlink)
+            .await?;
+        let changes = plan.changes_since(&self.plan);
+        let failing = plan.failing;
+        let before = std::mem::replace(&mut self.plan, plan);
+        self.plan_is_complete |= synced;
+        self.adopt_plan(&before);
+        let devices = changes.attach.into_keys().chain(changes.detach.into_keys());
+        for ifindex in devices.collect::<BTreeSet<_>>() {
+            self.mark(Row::Device(ifindex));
+        }
+        for (node, family) in changes.hops.into_keys() {
+            self.mark(Row::Hop(node, family));
+        }
+        for change in changes.ipcache {
+            self.mark(Row::Prefix(change.prefix));
+        }
+        anyhow::ensure!(
+            failing == 0,
+            "{failing} routes could not be entered; see the problems"
+        );
+        Ok(())
+    }
+
+    /// What a plan says besides rows: pod ranges, MTU, switches.
+    fn adopt_plan(&mut self, before: &NodePlan) {
+        if self.plan.mtu != 0 {
+            self.endpoints.set_mtu(self.plan.mtu);
+        }
+        if self.plan.pod_cidrs != before.pod_cidrs {
+            // A node object that is not here yet is no reason to forget the ranges.
+            if self.source_state.synced || !self.plan.pod_cidrs.is_empty() {
+                let refused = self.endpoints.set_ranges(&self.plan.pod_cidrs);
+                self.notes.ranges = refused.iter().map(ToString::to_string).collect();
+                tracing::info!(ranges = ?self.plan.pod_cidrs, "pod ranges of this node");
+            }
+            self.mark(Row::Config);
+        }
+        if self.plan.devices != before.devices {
+            let names = self.plan.devices.values().map(String::as_str);
+            let set = self.sysctls.set_node(names);
+            self.notes.sysctls = set.err().iter().map(ToString::to_string).collect();
+            tracing::info!(devices = ?self.plan.devices, mtu = self.plan.mtu, "devices of this node");
+        }
+    }
+
+    /// The row of `CONFIG`: the ranges of the allocator, those of older pods included.
+    pub(super) fn apply_config(&mut self) -> anyhow::Result<()> {
+        self.config.pod_ranges = self.endpoints.pod_ranges().collect();
+        self.datapath.config_mut().apply(&self.config)?;
+        Ok(())
+    }
+
+    fn apply_device(&mut self, ifindex: u32) -> anyhow::Result<()> {
+        if let Some(name) = self.plan.devices.get(&ifindex) {
+            if !self.late.waiting {
+                self.datapath.attach_device(ifindex, name)?;
+            }
+        } else {
+            self.datapath.detach(ifindex)?;
+        }
+        Ok(())
+    }
+
+    fn apply_hop(&mut self, node: &str, family: Family) -> anyhow::Result<()> {
+        let Some(outcome) = self.plan.hops.get(&(node.to_owned(), family)) else {
+            self.datapath.remove_hop(node, family)?;
+            return Ok(());
+        };
+        let hop = outcome.as_ref().ok().map(|hop| Hop {
+            ifindex: hop.ifindex,
+            gateway: hop.gateway,
+            mtu: hop.mtu,
+        });
+        let of_node = node::HopRef::Node(node.to_owned(), family);
+        let prefixes: Vec<_> = self
+            .plan
+            .ipcache
+            .iter()
+            .filter(|(_, target)| target.hop == of_node)
+            .map(|(prefix, _)| *prefix)
+            .collect();
+        self.datapath.set_hop(node, family, &prefixes, hop)?;
+        Ok(())
+    }
+
+    fn apply_prefix(&mut self, prefix: ipnet::IpNet) -> anyhow::Result<()> {
+        let Some(target) = self.plan.ipcache.get(&prefix) else {
+            self.datapath.remove_ipcache(prefix)?;
+            return Ok(());
+        };
+        let hop = match &target.hop {
+            node::HopRef::None => HopRef::None,
+            node::HopRef::Host => HopRef::Host,
+            node::HopRef::Node(node, family) => HopRef::Node(node, *family),
+        };
+        self.datapath.set_ipcache(prefix, target.class, hop)?;
+        Ok(())
+    }
+
+    /// Removes what nobody asked for since the start. Its turn comes after everything else of
+    /// the complete source.
+    async fn sweep(&mut self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.plan_is_complete,
+            "waits until the state of the network could be read"
+        );
+        let endpoints = || self.endpoints.list().filter(|e| e.spec.host_ifindex != 0);
+        let ready = || endpoints().filter(|e| !matches!(e.state, EndpointState::Removing(_)));
+        let numbers = ready().map(|e| e.spec.number).collect();
+        let addresses = ready()
+            .flat_map(|e| e.spec.addresses.iter().copied())
+            .collect();
+        let pods = endpoints().map(|e| e.spec.host_ifindex);
+        let devices = self.plan.devices.keys().copied().chain(pods).collect();
+
+        self.attach_late()?;
+        let pruned = self.datapath.prune()?;
+        let endpoints = self.datapath.prune_endpoints(&numbers)?;
+        let attachments = self.datapath.sweep_attachments(&devices)?.len();
+        let routes = pod::sweep(&self.netlink, &addresses).await?.len();
+        self.swept = true;
+        give_memory_back();
+        tracing::info!(
+            services = pruned.services,
+            prefixes = pruned.prefixes,
+            next_hops = pruned.next_hops,
+            endpoints,
+            attachments,
+            routes,
+            "the source is applied; leftovers removed"
+        );
+        Ok(())
+    }
+
+    /// The new maps hold everything: now the programs of an earlier agent give way.
+    fn attach_late(&mut self) -> anyhow::Result<()> {
+        if !self.late.waiting {
+            return Ok(());
+        }
+        for (ifindex, name) in &self.plan.devices {
+            self.datapath.attach_device(*ifindex, name)?;
+        }
+        while let Some((ifindex, name)) = self.late.pods.first_key_value() {
+            self.datapath.attach_endpoint(*ifindex, name)?;
+            self.late.pods.pop_first();
+        }
+        self.late.waiting = false;
+        Ok(())
+    }
+}
+
+/// Reading the tables and the first lists took memory that is not needed again.
+fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: has no preconditions.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

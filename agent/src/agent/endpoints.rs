@@ -1,0 +1,107 @@
+//! Requests of the API: pods come and go, and people ask.
+
+use tonic::{Code, Status};
+use weir_api::v1;
+
+use super::{Agent, Row};
+use crate::{
+    api::Command,
+    endpoint::{EndpointError, EndpointKey, ErrorKind, boot_seconds},
+};
+
+impl Agent {
+    /// Carries a request out and answers it.
+    pub(super) async fn command(&mut self, command: Command) {
+        // A caller that is gone needs no answer.
+        match command {
+            Command::Allocate(request, reply) => drop(reply.send(self.allocate(request).await)),
+            Command::Commit(request, reply) => drop(reply.send(self.commit(request).await)),
+            Command::Release(request, reply) => drop(reply.send(self.release(request).await)),
+            Command::Status(reply) => drop(reply.send(self.status())),
+            Command::ListServices(reply) => drop(reply.send(Ok(self.list_services()))),
+            Command::ListEndpoints(reply) => drop(reply.send(Ok(self.list_endpoints()))),
+            Command::ListNodes(reply) => drop(reply.send(Ok(self.list_nodes()))),
+        }
+    }
+
+    async fn allocate(
+        &mut self,
+        request: v1::AllocateRequest,
+    ) -> Result<v1::AllocateResponse, Status> {
+        // The first pods of a node may come before its Node object was worked off.
+        while self.endpoints.pod_ranges().next().is_none() && self.rows.is_waiting() {
+            self.work().await;
+        }
+        let (endpoints, mut wiring) = self.endpoints_and_wiring();
+        let spec = endpoints
+            .allocate(&request.into(), &mut wiring, boot_seconds())
+            .await
+            .map_err(status)?;
+        self.endpoints_changed();
+        tracing::info!(pod = spec.display_name(), endpoint = spec.number,
+            addresses = ?spec.addresses, "reserved");
+        Ok((&spec).into())
+    }
+
+    async fn commit(&mut self, request: v1::CommitRequest) -> Result<v1::CommitResponse, Status> {
+        let key = EndpointKey::new(request.container_id, request.ifname);
+        let (endpoints, mut wiring) = self.endpoints_and_wiring();
+        endpoints
+            .commit(
+                &key,
+                request.host_ifindex,
+                request.netns_cookie,
+                &mut wiring,
+                boot_seconds(),
+            )
+            .await
+            .map_err(status)?;
+        self.endpoints_changed();
+        tracing::info!(endpoint = %key, ifindex = request.host_ifindex, "ready");
+        Ok(v1::CommitResponse {})
+    }
+
+    async fn release(
+        &mut self,
+        request: v1::ReleaseRequest,
+    ) -> Result<v1::ReleaseResponse, Status> {
+        let (endpoints, mut wiring) = self.endpoints_and_wiring();
+        let released = endpoints
+            .release(
+                &request.container_id,
+                &request.ifname,
+                &mut wiring,
+                boot_seconds(),
+            )
+            .await;
+        self.endpoints_changed();
+        released.map_err(status)?;
+        tracing::info!(
+            container = request.container_id,
+            interface = request.ifname,
+            "released"
+        );
+        Ok(v1::ReleaseResponse {})
+    }
+
+    /// Endpoints have come or gone.
+    pub(super) fn endpoints_changed(&mut self) {
+        self.pod_names = None;
+        // An old range may have lost its last pod.
+        let ranges = self.endpoints.pod_ranges();
+        if !ranges.eq(self.config.pod_ranges.iter().copied()) {
+            self.mark(Row::Config);
+        }
+    }
+}
+
+fn status(error: EndpointError) -> Status {
+    let code = match error.kind {
+        ErrorKind::NotReady => Code::FailedPrecondition,
+        ErrorKind::Exhausted => Code::ResourceExhausted,
+        ErrorKind::NotFound => Code::NotFound,
+        ErrorKind::Invalid => Code::InvalidArgument,
+        ErrorKind::Internal => Code::Internal,
+    };
+    Status::new(code, error.message)
+}

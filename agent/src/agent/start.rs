@@ -1,0 +1,239 @@
+//! Before the event loop: what the machine must have, and what an earlier agent has left.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::Path,
+};
+
+use anyhow::{Context as _, bail};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use weir_common::{
+    config::Config,
+    mark,
+    metrics::{HOOKS, outcome},
+};
+
+use super::{Agent, Late};
+use crate::{
+    datapath::{Datapath, DatapathOptions},
+    endpoint::boot_seconds,
+    settings::Settings,
+};
+
+/// Checks what nothing works without: root, BTF of the kernel, a bpffs.
+///
+/// # Errors
+///
+/// The first thing missing, and how to get it.
+pub fn check_machine(settings: &Settings) -> anyhow::Result<()> {
+    let uid = nix::unistd::geteuid();
+    if !uid.is_root() {
+        bail!("weir-agent must run as root to load programs and change routes, not as user {uid}");
+    }
+    let btf = Path::new("/sys/kernel/btf/vmlinux");
+    if !btf.exists() {
+        bail!(
+            "the kernel has no type information ({} is absent); use a kernel built with \
+             CONFIG_DEBUG_INFO_BTF, and mount sysfs at /sys",
+            btf.display()
+        );
+    }
+    check_bpffs(&settings.bpf_root)
+}
+
+/// The nearest directory that exists must be on a bpffs.
+fn check_bpffs(root: &Path) -> anyhow::Result<()> {
+    let existing = root.ancestors().find(|path| path.exists());
+    let existing = existing.unwrap_or(Path::new("/"));
+    let kind =
+        statfs(existing).with_context(|| format!("cannot examine {}", existing.display()))?;
+    if kind.filesystem_type() != BPF_FS_MAGIC {
+        bail!(
+            "bpf-root {} is not on a bpffs ({} is not one); mount it with `mount -t bpf bpf \
+             /sys/fs/bpf`, or give --bpf-root a directory below another bpffs",
+            root.display(),
+            existing.display()
+        );
+    }
+    Ok(())
+}
+
+/// Makes the run directory (0755) and the directory of the pins.
+///
+/// # Errors
+///
+/// If one cannot be made; names it.
+pub fn make_directories(settings: &Settings) -> anyhow::Result<()> {
+    let make = |path: &Path, mode| -> io::Result<()> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+    };
+    make(&settings.run_dir, 0o755).with_context(|| {
+        format!(
+            "cannot make the run directory {} (--run-dir)",
+            settings.run_dir.display()
+        )
+    })?;
+    make(&settings.bpf_root, 0o700).with_context(|| {
+        format!(
+            "cannot make the directory of pins {} (--bpf-root)",
+            settings.bpf_root.display()
+        )
+    })
+}
+
+/// What the datapath is told of the settings.
+pub(super) fn datapath_options(settings: &Settings) -> DatapathOptions {
+    DatapathOptions {
+        bpf_root: settings.bpf_root.clone(),
+        mark_shift: mark::shift_of(settings.mark_mask).unwrap_or_default(),
+        connections: settings.connections,
+        services_max: settings.services_max,
+        backends_max: settings.backends_max,
+        ..DatapathOptions::default()
+    }
+}
+
+/// Identifiers of the loaded programs, in the order of [`HOOKS`]; 0 where one is not known.
+pub(super) fn program_ids(datapath: &mut Datapath) -> Vec<u32> {
+    let id = |hook| Some(datapath.program(hook).ok()?.info().ok()?.id());
+    HOOKS
+        .into_iter()
+        .map(id)
+        .map(Option::unwrap_or_default)
+        .collect()
+}
+
+/// Whether programs of an earlier agent are replaced late, see [`Late`].
+pub(super) fn late(datapath: &Datapath) -> Late {
+    for migration in datapath.migrations() {
+        tracing::warn!(
+            ?migration,
+            "a pinned map did not fit this version or its settings and was made anew"
+        );
+    }
+    Late {
+        waiting: !datapath.migrations().is_empty(),
+        ..Late::default()
+    }
+}
+
+impl Agent {
+    /// Pods of an earlier agent get the programs of this one, without a gap.
+    pub(super) async fn take_over(&mut self) -> anyhow::Result<()> {
+        self.config.pod_ranges = configured_ranges(self.datapath.config().row());
+        let links = self
+            .netlink
+            .links()
+            .await
+            .context("cannot list the devices")?;
+        let report = self
+            .endpoints
+            .restore(&links, boot_seconds())
+            .context("cannot take over the endpoints of an earlier agent")?;
+        for problem in &report.problems {
+            tracing::warn!(
+                problem,
+                "while taking over the endpoints of an earlier agent"
+            );
+        }
+        self.notes.start.extend(report.problems);
+        for link in &report.orphans {
+            self.notes.start.push(format!(
+                "the device {} looks like a pod's, but nothing is known of the pod: it has no \
+                 network; delete and recreate the pod",
+                link.name
+            ));
+        }
+        let ranges: Vec<IpNet> = self.endpoints.pod_ranges().collect();
+        if !ranges.is_empty() {
+            self.config.pod_ranges = ranges;
+        }
+        self.datapath
+            .config_mut()
+            .apply(&self.config)
+            .context("cannot write this node's configuration")?;
+        let (endpoints, mut wiring) = self.endpoints_and_wiring();
+        for error in endpoints.tick(&mut wiring, boot_seconds()).await {
+            // Tried again at every tick, and shown in the status meanwhile.
+            tracing::warn!(%error, "cannot take over an endpoint of an earlier agent");
+        }
+        self.events_lost = self
+            .datapath
+            .counters()
+            .outcome(outcome::EVENT_LOST)
+            .map_or(0, |counter| counter.packets);
+        tracing::info!(
+            endpoints = report.living,
+            vanished = report.vanished.len(),
+            mode = self.datapath.attach_mode().name(),
+            milliseconds = self.started.elapsed().as_millis(),
+            "the data path is loaded"
+        );
+        Ok(())
+    }
+}
+
+/// The pod ranges in the kernel: those of an earlier agent.
+fn configured_ranges(row: &Config) -> Vec<IpNet> {
+    let length = |mask: &[u8]| -> u8 {
+        let ones: u32 = mask.iter().map(|byte| byte.count_ones()).sum();
+        u8::try_from(ones).unwrap_or(u8::MAX)
+    };
+    let v4 = row.pod_ranges_v4.iter().filter(|range| range.is_used());
+    let v4 = v4.filter_map(|r| Ipv4Net::new(r.base.into(), length(&r.mask.0)).ok());
+    let v6 = row.pod_ranges_v6.iter().filter(|range| range.is_used());
+    let v6 = v6.filter_map(|r| Ipv6Net::new(r.base.into(), length(&r.mask.0)).ok());
+    v4.map(IpNet::V4).chain(v6.map(IpNet::V6)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use weir_common::{Ipv4, Ipv6, config::PodRange};
+
+    use super::*;
+
+    #[test]
+    fn ranges_are_read_back_from_the_kernel() {
+        let mut row = Config::default();
+        row.pod_ranges_v4[2] = PodRange {
+            base: Ipv4([10, 1, 2, 0]),
+            mask: Ipv4([255, 255, 255, 0]),
+            length: 256,
+            first_index: 0,
+        };
+        let mut mask = [0; 16];
+        mask[..8].fill(0xff);
+        row.pod_ranges_v6[0] = PodRange {
+            base: Ipv6::from("fd00:1::".parse::<std::net::Ipv6Addr>().unwrap()),
+            mask: Ipv6(mask),
+            length: 9,
+            first_index: 0,
+        };
+        let ranges: Vec<_> = configured_ranges(&row)
+            .iter()
+            .map(IpNet::to_string)
+            .collect();
+        assert_eq!(ranges, ["10.1.2.0/24", "fd00:1::/64"]);
+    }
+
+    #[test]
+    fn a_root_off_bpffs_is_refused_with_the_remedy() {
+        let error = check_bpffs(Path::new("/proc/does/not/exist"))
+            .unwrap_err()
+            .to_string();
+        for part in [
+            "/proc/does/not/exist",
+            "not on a bpffs",
+            "mount -t bpf",
+            "--bpf-root",
+        ] {
+            assert!(error.contains(part), "{part:?}: {error}");
+        }
+    }
+}

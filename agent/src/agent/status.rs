@@ -1,0 +1,345 @@
+//! The agent's account of itself, for `weir status` and the lists.
+
+use std::{fs, net::IpAddr, time::Instant};
+
+use ipnet::IpNet;
+use tonic::Status;
+use weir_api::v1;
+use weir_common::{
+    DropReason,
+    metrics::{Hook, outcome},
+};
+
+use super::{Agent, Row};
+use crate::{
+    datapath::{AttachMode, Attachment},
+    endpoint::EndpointState,
+    model::{BackendState, FrontendKind, ServicePort, ServicePortKey},
+    netlink::sysctl,
+    objects::{Family, Kind},
+};
+
+impl Agent {
+    pub(super) fn status(&self) -> Result<v1::StatusResponse, Status> {
+        let internal = |what: &str, error: &dyn std::fmt::Display| {
+            Status::internal(format!("cannot read {what}: {error}"))
+        };
+        let counters = self.datapath.counters().all();
+        let counters = counters.map_err(|error| internal("the packet counters", &error))?;
+        let attachments = self.datapath.attachments();
+        let attachments = attachments.map_err(|error| internal("what is attached", &error))?;
+        let usage = self.endpoints.usage();
+        let progress = self.progress.borrow();
+        let source = v1::Source {
+            name: self.source.name.clone(),
+            synced: self.source_state.synced,
+            revision: self.source_state.revision,
+            applied_revision: progress.applied,
+            errors: self.source_state.errors.clone(),
+            objects: self
+                .model
+                .object_counts()
+                .into_iter()
+                .map(|(kind, count)| (kind_name(kind).to_owned(), number(count)))
+                .collect(),
+        };
+        Ok(v1::StatusResponse {
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            abi_version: weir_common::ABI_VERSION,
+            kernel_version: kernel_version(),
+            node_name: self.settings.node_name.clone(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            source: Some(source),
+            attachments: attachments.iter().map(|a| self.attachment(a)).collect(),
+            maps: self
+                .datapath
+                .fill()
+                .into_iter()
+                .map(|fill| v1::MapFill {
+                    name: fill.map.to_owned(),
+                    entries: fill.entries.into(),
+                    max_entries: fill.max.into(),
+                })
+                .collect(),
+            counters: counters
+                .iter()
+                .map(|c| packet_counter(c.hook, c.outcome, c.counter.packets, c.counter.bytes))
+                .collect(),
+            pod_cidrs: self.plan.pod_cidrs.iter().map(IpNet::to_string).collect(),
+            addresses_used: usage.addresses_used,
+            addresses_resting: usage.addresses_resting,
+            problems: self.problems(),
+            bpf_root: self.settings.bpf_root.display().to_string(),
+            resident_bytes: resident_bytes(),
+            failing: number(self.rows.failed().len()),
+            mtu: self.plan.mtu,
+            attach_mode: self.datapath.attach_mode().name().to_owned(),
+        })
+    }
+
+    fn attachment(&self, attachment: &Attachment) -> v1::Attachment {
+        let direction = match attachment.hook {
+            Hook::FromPod | Hook::FromNetdev => "ingress",
+            Hook::ToPod | Hook::ToNetdev => "egress",
+        };
+        let mode: AttachMode = attachment.mode;
+        v1::Attachment {
+            program: attachment.hook.name().to_owned(),
+            device: nix::net::if_::if_indextoname(attachment.ifindex)
+                .ok()
+                .and_then(|name| name.into_string().ok())
+                .unwrap_or_default(),
+            ifindex: attachment.ifindex,
+            hook: format!("{} {direction}", mode.name()),
+            program_id: self
+                .program_ids
+                .get(attachment.hook as usize)
+                .copied()
+                .unwrap_or_default(),
+        }
+    }
+
+    /// Everything that is wrong now.
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.source_state.synced && self.model.node(&self.settings.node_name).is_none() {
+            problems.push(format!(
+                "the source has no Node object {}: pods get no addresses; create it, or correct \
+                 the setting node-name",
+                self.settings.node_name
+            ));
+        }
+        problems.extend(self.source_state.errors.iter().cloned());
+        problems.extend(self.model.problems().map(ToString::to_string));
+        problems.extend(self.plan.problems.iter().cloned());
+        let now = Instant::now();
+        for (row, failure) in self.rows.failed() {
+            let wait = failure.due.saturating_duration_since(now).as_secs_f32();
+            problems.push(format!(
+                "{row}: {} (attempt {}, the next in {wait:.1} s)",
+                failure.error, failure.attempts
+            ));
+        }
+        for endpoint in self.endpoints.list() {
+            if let EndpointState::Failing(_) | EndpointState::Removing(_) = endpoint.state {
+                let name = endpoint.spec.display_name();
+                problems.push(format!("pod {name} is {}", endpoint.state));
+            }
+        }
+        problems.extend(self.notes.all().cloned());
+        problems.extend(sysctl::strict_rp_filter());
+        problems
+    }
+
+    pub(super) fn list_services(&self) -> v1::ListServicesResponse {
+        let services = self
+            .model
+            .services()
+            .map(|(key, port)| self.service(key, port));
+        v1::ListServicesResponse {
+            services: services.collect(),
+        }
+    }
+
+    fn service(&self, key: &ServicePortKey, port: &ServicePort) -> v1::ServicePort {
+        let applied = self.applied.get(key);
+        let status = match self.rows.failure(&Row::Service(Box::new(key.clone()))) {
+            Some(failure) => failure.error.clone(),
+            None if applied.is_some() => "applied".to_owned(),
+            None => "waiting".to_owned(),
+        };
+        let frontends = port.frontends.iter().map(|frontend| v1::Frontend {
+            kind: match frontend.kind {
+                FrontendKind::ClusterIp => "ClusterIP".to_owned(),
+            },
+            address: frontend.address.to_string(),
+            port: frontend.port.into(),
+        });
+        let used = port.backends.iter().map(|(address, backend)| v1::Backend {
+            address: address.address.to_string(),
+            port: address.port.into(),
+            node: backend.node.clone(),
+            zone: backend.zone.clone(),
+            state: match backend.state {
+                BackendState::Active => "active".to_owned(),
+                BackendState::Terminating => "terminating".to_owned(),
+            },
+            reason: String::new(),
+            target: backend.target.clone(),
+            number: applied
+                .and_then(|applied| applied.backends.get(address).copied())
+                .unwrap_or_default(),
+        });
+        let unused = port.unused.iter().map(|(address, unused)| v1::Backend {
+            address: address.address.to_string(),
+            port: address.port.into(),
+            node: unused.backend.node.clone(),
+            zone: unused.backend.zone.clone(),
+            state: "unused".to_owned(),
+            reason: unused.reason.to_owned(),
+            target: unused.backend.target.clone(),
+            number: 0,
+        });
+        v1::ServicePort {
+            namespace: key.service.namespace.clone(),
+            name: key.service.name.clone(),
+            port_name: key.port_name.clone(),
+            protocol: key.protocol.name().to_owned(),
+            family: key.family.name().to_owned(),
+            frontends: frontends.collect(),
+            backends: used.chain(unused).collect(),
+            number: applied.map_or(0, |applied| applied.number),
+            slots: applied.map_or(0, |applied| applied.slots),
+            status,
+        }
+    }
+
+    pub(super) fn list_endpoints(&self) -> v1::ListEndpointsResponse {
+        let mut endpoints: Vec<_> = self
+            .endpoints
+            .list()
+            .map(|endpoint| {
+                let spec = &endpoint.spec;
+                v1::Endpoint {
+                    number: spec.number,
+                    container_id: spec.key.container_id.clone(),
+                    ifname: spec.key.ifname.clone(),
+                    pod_namespace: spec.pod_namespace.clone(),
+                    pod_name: spec.pod_name.clone(),
+                    pod_uid: spec.pod_uid.clone(),
+                    addresses: spec.addresses.iter().map(IpAddr::to_string).collect(),
+                    host_ifname: spec.host_ifname.clone(),
+                    host_ifindex: spec.host_ifindex,
+                    host_mac: spec.host_mac().to_string(),
+                    pod_mac: spec.pod_mac().to_string(),
+                    netns: spec.netns.clone(),
+                    state: endpoint.state.to_string(),
+                    // No policy selects a pod in this version.
+                    egress_set: weir_common::endpoint::POLICY_SET_ALLOW_ALL,
+                    ingress_set: weir_common::endpoint::POLICY_SET_ALLOW_ALL,
+                }
+            })
+            .collect();
+        endpoints.sort_by(|a, b| {
+            (&a.pod_namespace, &a.pod_name, a.number).cmp(&(
+                &b.pod_namespace,
+                &b.pod_name,
+                b.number,
+            ))
+        });
+        v1::ListEndpointsResponse { endpoints }
+    }
+
+    pub(super) fn list_nodes(&self) -> v1::ListNodesResponse {
+        let nodes = self.model.nodes().map(|(name, node)| {
+            let this_node = name == self.settings.node_name;
+            v1::Node {
+                name: name.to_owned(),
+                this_node,
+                addresses: node.addresses.iter().map(IpAddr::to_string).collect(),
+                pod_cidrs: node.pod_cidrs.iter().map(IpNet::to_string).collect(),
+                routes: if this_node {
+                    vec!["local".to_owned()]
+                } else {
+                    self.routes_to(name)
+                },
+                zone: node.zone.clone(),
+            }
+        });
+        v1::ListNodesResponse {
+            nodes: nodes.collect(),
+        }
+    }
+
+    /// How the pods of a node are reached, by family.
+    fn routes_to(&self, node: &str) -> Vec<String> {
+        let family = |family: Family| {
+            let hop = self.plan.hops.get(&(node.to_owned(), family))?;
+            Some(match hop {
+                Ok(hop) => {
+                    let device = nix::net::if_::if_indextoname(hop.ifindex)
+                        .ok()
+                        .and_then(|name| name.into_string().ok())
+                        .unwrap_or_default();
+                    format!("{}: native via {} dev {device}", family.name(), hop.gateway)
+                }
+                Err(why) => format!("{}: {why}", family.name()),
+            })
+        };
+        [Family::V4, Family::V6]
+            .into_iter()
+            .filter_map(family)
+            .collect()
+    }
+}
+
+fn packet_counter(hook: Hook, number: u8, packets: u64, bytes: u64) -> v1::PacketCounter {
+    let known = outcome::ALL.iter().find(|(outcome, _)| *outcome == number);
+    let reason = DropReason::from_number(number);
+    v1::PacketCounter {
+        hook: hook.name().to_owned(),
+        name: known.map_or(reason.name(), |(_, name)| name).to_owned(),
+        drop: known.is_none(),
+        packets,
+        bytes,
+        description: known.map_or(reason.description(), |_| "").to_owned(),
+    }
+}
+
+fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Service => "Service",
+        Kind::EndpointSlice => "EndpointSlice",
+        Kind::Node => "Node",
+        Kind::Pod => "Pod",
+        Kind::Namespace => "Namespace",
+    }
+}
+
+fn number(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+fn kernel_version() -> String {
+    nix::sys::utsname::uname()
+        .ok()
+        .and_then(|name| name.release().to_str().map(str::to_owned))
+        .unwrap_or_default()
+}
+
+/// Resident memory of this process (`/proc/self/statm`, second field, in pages).
+fn resident_bytes() -> u64 {
+    let pages = fs::read_to_string("/proc/self/statm")
+        .ok()
+        .and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok())
+        .unwrap_or_default();
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten()
+        .and_then(|size| u64::try_from(size).ok())
+        .unwrap_or(4096);
+    pages * page
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_told_apart() {
+        let drop = packet_counter(Hook::FromPod, DropReason::NoBackend as u8, 1, 2);
+        assert_eq!(
+            (drop.drop, drop.name.as_str()),
+            (true, "SERVICE_BACKEND_NOT_FOUND")
+        );
+        let local = packet_counter(Hook::FromPod, outcome::LOCAL, 1, 2);
+        assert_eq!((local.drop, local.name.as_str()), (false, "LOCAL"));
+    }
+
+    #[test]
+    fn this_process_has_memory_and_a_kernel() {
+        assert!(resident_bytes() > 100_000);
+        assert!(!kernel_version().is_empty());
+    }
+}

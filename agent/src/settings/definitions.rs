@@ -1,0 +1,165 @@
+//! The list of settings: each is defined once here, and flag, environment variable, YAML key,
+//! help text and `weir-agent settings` follow from it.
+
+/// One setting. The environment variable is `WEIR_` and the name in upper case with underscores;
+/// the YAML key is the name.
+#[derive(Clone, Copy, Debug)]
+pub struct Definition {
+    /// Name: the flag without its dashes.
+    pub name: &'static str,
+    /// What its value is called in the help.
+    pub value_name: &'static str,
+    /// Value when nobody gives one, as text; `None` when it is found or must be given.
+    pub default: Option<&'static str>,
+    /// For the help.
+    pub help: &'static str,
+}
+
+impl Definition {
+    /// Name of the environment variable.
+    #[must_use]
+    pub fn environment_variable(&self) -> String {
+        format!("WEIR_{}", self.name.to_uppercase().replace('-', "_"))
+    }
+}
+
+const fn define(
+    name: &'static str,
+    value_name: &'static str,
+    default: Option<&'static str>,
+    help: &'static str,
+) -> Definition {
+    Definition {
+        name,
+        value_name,
+        default,
+        help,
+    }
+}
+
+/// Every setting, in the order of the help.
+pub const ALL: &[Definition] = &[
+    define(
+        "source",
+        "SOURCE",
+        None,
+        "Where Kubernetes objects come from; required. dir:PATH is a directory of YAML files, \
+         watched for changes",
+    ),
+    define(
+        "node-name",
+        "NAME",
+        None,
+        "Name of this node's Node object [default: the host name]",
+    ),
+    define(
+        "run-dir",
+        "PATH",
+        Some("/run/weir"),
+        "Directory for the socket, the lock and the state of endpoints; a reboot must clear it",
+    ),
+    define(
+        "bpf-root",
+        "PATH",
+        Some("/sys/fs/bpf/weir"),
+        "Directory on a bpffs for pinned maps and links",
+    ),
+    define(
+        "cgroup-root",
+        "PATH",
+        None,
+        "Mount point of the cgroup2 hierarchy. Checked when given; nothing is attached to it in \
+         this version",
+    ),
+    define(
+        "devices",
+        "NAMES",
+        None,
+        "The node's devices to attach to, separated by commas [default: those with a route to \
+         another node or the default route]",
+    ),
+    define(
+        "mtu",
+        "BYTES",
+        None,
+        "MTU of the pods' devices, 1280 to 65535 [default: the smallest of the devices]",
+    ),
+    define(
+        "mark-mask",
+        "MASK",
+        Some("0x00f00000"),
+        "Four adjacent bits of the packet mark for Weir's use",
+    ),
+    define(
+        "connections",
+        "COUNT",
+        Some("131072"),
+        "Size of the flow table of each family, in connections, 1024 to 8388608",
+    ),
+    define(
+        "services-max",
+        "COUNT",
+        Some("65536"),
+        "Service ports that fit in the tables, each counted per family, 16 to 1048576",
+    ),
+    define(
+        "backends-max",
+        "COUNT",
+        Some("131072"),
+        "Endpoints of Service ports that fit in the tables, 16 to 4194304",
+    ),
+    define(
+        "address-rest",
+        "SECONDS",
+        Some("60"),
+        "How long a released pod address is not given out again, 0 to 86400",
+    ),
+    define(
+        "timeout-tcp-syn",
+        "SECONDS",
+        Some("120"),
+        "Idle time of a TCP connection without an answer, 1 to 2000000",
+    ),
+    define(
+        "timeout-tcp-established",
+        "SECONDS",
+        Some("86400"),
+        "Idle time of an established TCP connection, 1 to 2000000",
+    ),
+    define(
+        "timeout-tcp-closing",
+        "SECONDS",
+        Some("30"),
+        "Idle time of a TCP connection closed from both sides or reset, 1 to 2000000",
+    ),
+    define(
+        "timeout-udp",
+        "SECONDS",
+        Some("30"),
+        "Idle time of a UDP flow without an answer, 1 to 2000000",
+    ),
+    define(
+        "timeout-udp-stream",
+        "SECONDS",
+        Some("120"),
+        "Idle time of a UDP flow with answers, 1 to 2000000",
+    ),
+    define(
+        "log",
+        "FILTER",
+        Some("info"),
+        "What is logged: error, warn, info, debug or trace, or by module: info,weir_agent=debug",
+    ),
+    define(
+        "log-format",
+        "FORMAT",
+        Some("text"),
+        "text for people, json for machines (one object per line)",
+    ),
+];
+
+/// The setting of that name.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static Definition> {
+    ALL.iter().find(|d| d.name == name)
+}

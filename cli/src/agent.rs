@@ -1,0 +1,329 @@
+//! The commands that ask the agent for a list or a single answer.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{anyhow, bail};
+use serde::Serialize;
+use tonic::{Code, Status, transport::Channel};
+use weir_api::v1::{
+    Endpoint, ListEndpointsRequest, ListNodesRequest, ListServicesRequest, Node, ServicePort,
+    StatusRequest, WaitAppliedRequest, weir_client::WeirClient,
+};
+
+use crate::{
+    Format, output,
+    table::{Cell, Colour, Table},
+};
+
+/// How long an answer may take.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connects to the agent. `timeout` bounds each call; `None` is for streams.
+pub async fn connect(
+    socket: &Path,
+    timeout: Option<Duration>,
+) -> anyhow::Result<WeirClient<Channel>> {
+    let channel = weir_api::connect(socket, timeout).await?;
+    // A node may have thousands of Services.
+    Ok(WeirClient::new(channel).max_decoding_message_size(usize::MAX))
+}
+
+/// The agent's error as text for people.
+pub fn explain(status: &Status, socket: &Path) -> anyhow::Error {
+    let place = socket.display();
+    match status.code() {
+        Code::Cancelled | Code::DeadlineExceeded if status.message() == "Timeout expired" => {
+            anyhow!(
+                "the agent at {place} did not answer in time; see its log, and whether it is busy"
+            )
+        }
+        Code::Unimplemented => anyhow!(
+            "the agent at {place} does not know this request; is it of another version (`weir version`)?"
+        ),
+        Code::Unknown | Code::Internal => anyhow!(
+            "the connection to the agent at {place} broke: {}; has it been stopped?",
+            status.message()
+        ),
+        _ => anyhow!("{}", status.message().to_owned()),
+    }
+}
+
+/// `weir service list`.
+pub async fn services(socket: &Path, format: Format) -> anyhow::Result<()> {
+    let answer = connect(socket, Some(TIMEOUT))
+        .await?
+        .list_services(ListServicesRequest {})
+        .await
+        .map_err(|status| explain(&status, socket))?;
+    output::list(format, &answer.into_inner().services, service_table)
+}
+
+fn service_table(services: &[ServicePort]) -> Table {
+    let mut table = Table::new([
+        "NAMESPACE",
+        "NAME",
+        "PORT",
+        "FRONTEND",
+        "TYPE",
+        "ENDPOINTS",
+        "STATE",
+        "TARGET",
+        "STATUS",
+    ]);
+    for service in services {
+        let frontend = |f: &weir_api::v1::Frontend| {
+            let port = u16::try_from(f.port).unwrap_or_default();
+            format!(
+                "{}/{}",
+                output::address_port(&f.address, port),
+                service.protocol
+            )
+        };
+        let backends = &service.backends;
+        let state = |b: &weir_api::v1::Backend| match b.reason.as_str() {
+            "" => b.state.clone(),
+            reason => format!("{} ({reason})", b.state),
+        };
+        let applied = service.status == "applied";
+        table.row([
+            service.namespace.as_str().into(),
+            service.name.as_str().into(),
+            output::or_dash(&service.port_name).into(),
+            Cell::lines(service.frontends.iter().map(frontend)),
+            Cell::lines(service.frontends.iter().map(|f| f.kind.clone())),
+            Cell::lines(backends.iter().map(|b| {
+                output::address_port(&b.address, u16::try_from(b.port).unwrap_or_default())
+            })),
+            Cell::lines(backends.iter().map(state)),
+            Cell::lines(
+                backends
+                    .iter()
+                    .map(|b| match (b.target.as_str(), b.node.as_str()) {
+                        ("", "") => "-".to_owned(),
+                        (target, "") => target.to_owned(),
+                        ("", node) => format!("on {node}"),
+                        (target, node) => format!("{target} on {node}"),
+                    }),
+            ),
+            Cell::coloured(
+                service.status.as_str(),
+                if applied { Colour::Green } else { Colour::Red },
+            ),
+        ]);
+    }
+    table
+}
+
+/// `weir endpoint list`.
+pub async fn endpoints(socket: &Path, format: Format) -> anyhow::Result<()> {
+    let answer = connect(socket, Some(TIMEOUT))
+        .await?
+        .list_endpoints(ListEndpointsRequest {})
+        .await
+        .map_err(|status| explain(&status, socket))?;
+    output::list(format, &answer.into_inner().endpoints, endpoint_table)
+}
+
+fn endpoint_table(endpoints: &[Endpoint]) -> Table {
+    let mut table = Table::new([
+        "NUMBER",
+        "NAMESPACE",
+        "POD",
+        "INTERFACE",
+        "ADDRESSES",
+        "DEVICE",
+        "IFINDEX",
+        "CONTAINER",
+        "STATE",
+    ]);
+    for endpoint in endpoints {
+        let colour = match endpoint.state.as_str() {
+            "ready" => Colour::Green,
+            "reserved" => Colour::Yellow,
+            _ => Colour::Red,
+        };
+        table.row([
+            Cell::number(endpoint.number),
+            output::or_dash(&endpoint.pod_namespace).into(),
+            output::or_dash(&endpoint.pod_name).into(),
+            endpoint.ifname.as_str().into(),
+            Cell::lines(endpoint.addresses.iter().cloned()),
+            endpoint.host_ifname.as_str().into(),
+            Cell::number(endpoint.host_ifindex),
+            // As `crictl` and `docker` shorten them.
+            endpoint
+                .container_id
+                .chars()
+                .take(13)
+                .collect::<String>()
+                .into(),
+            Cell::coloured(endpoint.state.as_str(), colour),
+        ]);
+    }
+    table
+}
+
+/// `weir node list`.
+pub async fn nodes(socket: &Path, format: Format) -> anyhow::Result<()> {
+    let answer = connect(socket, Some(TIMEOUT))
+        .await?
+        .list_nodes(ListNodesRequest {})
+        .await
+        .map_err(|status| explain(&status, socket))?;
+    output::list(format, &answer.into_inner().nodes, node_table)
+}
+
+fn node_table(nodes: &[Node]) -> Table {
+    let mut table = Table::new(["NAME", "ADDRESSES", "POD-CIDRS", "ROUTES", "ZONE"]);
+    for node in nodes {
+        let name = if node.this_node {
+            format!("{} (this node)", node.name)
+        } else {
+            node.name.clone()
+        };
+        table.row([
+            name.into(),
+            Cell::lines(node.addresses.iter().cloned()),
+            Cell::lines(node.pod_cidrs.iter().cloned()),
+            Cell::lines(node.routes.iter().cloned()),
+            output::or_dash(&node.zone).into(),
+        ]);
+    }
+    table
+}
+
+/// `weir wait --applied`.
+pub async fn wait(socket: &Path, timeout: Duration, format: Format) -> anyhow::Result<()> {
+    // The agent answers at the deadline; the call itself gets some more.
+    let mut client = connect(socket, Some(timeout + Duration::from_secs(5))).await?;
+    let request = WaitAppliedRequest {
+        timeout_milliseconds: u32::try_from(timeout.as_millis())?,
+    };
+    let revision = match client.wait_applied(request).await {
+        Ok(answer) => answer.into_inner().revision,
+        Err(status) => return Err(explain(&status, socket)),
+    };
+    match format {
+        Format::Json => output::json(&serde_json::json!({ "revision": revision })),
+        Format::Table => output::text(&format!("applied: revision {revision}\n")),
+    }
+}
+
+#[derive(Serialize)]
+struct Versions {
+    weir: &'static str,
+    abi_version: u32,
+    agent: Option<String>,
+    agent_abi_version: Option<u32>,
+    kernel: Option<String>,
+}
+
+/// `weir version`: also without an agent, which is then shown as absent.
+pub async fn version(socket: &Path, format: Format) -> anyhow::Result<()> {
+    let answer = match connect(socket, Some(TIMEOUT)).await {
+        Ok(mut client) => client.status(StatusRequest {}).await.ok(),
+        Err(_) => None,
+    }
+    .map(tonic::Response::into_inner);
+    let versions = Versions {
+        weir: env!("CARGO_PKG_VERSION"),
+        abi_version: weir_common::ABI_VERSION,
+        agent_abi_version: answer.as_ref().map(|a| a.abi_version),
+        kernel: answer.as_ref().map(|a| a.kernel_version.clone()),
+        agent: answer.map(|a| a.agent_version),
+    };
+    match format {
+        Format::Json => output::json(&versions),
+        Format::Table => {
+            let agent = match (
+                &versions.agent,
+                versions.agent_abi_version,
+                &versions.kernel,
+            ) {
+                (Some(agent), Some(abi), Some(kernel)) => {
+                    format!("{agent} (ABI {abi}, kernel {kernel})")
+                }
+                _ => format!("not reachable at {}", socket.display()),
+            };
+            output::text(&format!(
+                "weir   {} (ABI {})\nagent  {agent}\n",
+                versions.weir, versions.abi_version
+            ))
+        }
+    }
+}
+
+/// Where the agent has its pins, if it answers within a second.
+pub async fn bpf_root(socket: &Path) -> anyhow::Result<String> {
+    let mut client = connect(socket, Some(Duration::from_secs(1))).await?;
+    let status = client.status(StatusRequest {}).await?.into_inner();
+    if status.bpf_root.is_empty() {
+        bail!("the agent does not say where its pins are");
+    }
+    Ok(status.bpf_root)
+}
+
+#[cfg(test)]
+mod tests {
+    use weir_api::v1::{Backend, Frontend};
+
+    use super::*;
+
+    #[test]
+    fn a_service_shows_its_frontends_and_endpoints_below_each_other() {
+        let backend = |address: &str, state: &str, reason: &str| Backend {
+            address: address.into(),
+            port: 8080,
+            node: "b".into(),
+            state: state.into(),
+            reason: reason.into(),
+            target: "default/web-1".into(),
+            ..Backend::default()
+        };
+        let service = ServicePort {
+            namespace: "default".into(),
+            name: "web".into(),
+            port_name: "http".into(),
+            protocol: "TCP".into(),
+            family: "IPv6".into(),
+            frontends: vec![Frontend {
+                kind: "ClusterIP".into(),
+                address: "fd00:96::1".into(),
+                port: 80,
+            }],
+            backends: vec![
+                backend("fd00::7", "active", ""),
+                backend("fd00::8", "unused", "not ready"),
+            ],
+            status: "applied".into(),
+            ..ServicePort::default()
+        };
+        assert_eq!(
+            service_table(&[service]).render(false),
+            "NAMESPACE  NAME  PORT  FRONTEND             TYPE       ENDPOINTS       STATE               TARGET              STATUS\n\
+             default    web   http  [fd00:96::1]:80/TCP  ClusterIP  [fd00::7]:8080  active              default/web-1 on b  applied\n\
+             \u{20}                                                      [fd00::8]:8080  unused (not ready)  default/web-1 on b\n"
+        );
+    }
+
+    #[test]
+    fn nodes_and_endpoints_fill_every_column() {
+        let node = Node {
+            name: "a".into(),
+            this_node: true,
+            ..Node::default()
+        };
+        let text = node_table(&[node]).render(false);
+        assert!(text.contains("a (this node)  -"), "{text}");
+        let endpoint = Endpoint {
+            number: 3,
+            container_id: "0123456789abcdef".into(),
+            addresses: vec!["10.0.0.3".into(), "fd00::3".into()],
+            state: "ready".into(),
+            ..Endpoint::default()
+        };
+        let text = endpoint_table(&[endpoint]).render(false);
+        assert!(text.contains("0123456789abc "), "{text}");
+        assert_eq!(text.lines().count(), 3, "{text}");
+    }
+}

@@ -1,0 +1,42 @@
+//! Functions that the verifier checks once, by themselves, instead of at every call along every
+//! path: global functions (kernel 5.6). They take words (and the context where they need it) and return a word, know
+//! nothing of their caller, and find the packet in [`crate::scratch`].
+//!
+//! Each exists once for each family, under a name of its own: a generic function has no global
+//! linkage.
+
+use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
+
+use crate::{
+    decide,
+    family::{V4, V6},
+    flow,
+};
+
+/// See [`decide::decide`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn decide_v4(sender: u32, ports_known: u32) -> u32 {
+    decide::decide::<V4>(sender, ports_known)
+}
+
+/// See [`decide::decide`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn decide_v6(sender: u32, ports_known: u32) -> u32 {
+    decide::decide::<V6>(sender, ports_known)
+}
+
+/// See [`flow::enter`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn commit_v4(skb: *mut __sk_buff, hook: u32, sender: u32) -> u32 {
+    flow::enter::<V4>(&TcContext::new(skb), hook, sender)
+}
+
+/// See [`flow::enter`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn commit_v6(skb: *mut __sk_buff, hook: u32, sender: u32) -> u32 {
+    flow::enter::<V6>(&TcContext::new(skb), hook, sender)
+}

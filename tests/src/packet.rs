@@ -1,0 +1,165 @@
+//! Packets made by hand and put on the wire past the network stack, for what no honest program sends.
+
+use std::{
+    net::IpAddr,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+/// Ethernet type of IPv4.
+pub const IPV4: u16 = 0x0800;
+/// Ethernet type of IPv6.
+pub const IPV6: u16 = 0x86dd;
+/// Number of UDP.
+const UDP: u8 = 17;
+
+/// An Ethernet frame with a UDP packet of any addresses, checksums right.
+///
+/// # Errors
+///
+/// When the addresses are of different families.
+pub fn udp_frame(
+    destination_mac: [u8; 6],
+    source_mac: [u8; 6],
+    (source, source_port): (IpAddr, u16),
+    (destination, destination_port): (IpAddr, u16),
+    payload: &[u8],
+) -> Result<Vec<u8>> {
+    let length = u16::try_from(8 + payload.len())?;
+    let mut udp = Vec::new();
+    udp.extend(source_port.to_be_bytes());
+    udp.extend(destination_port.to_be_bytes());
+    udp.extend(length.to_be_bytes());
+    udp.extend([0, 0]);
+    udp.extend(payload);
+    let (ethertype, mut header, pseudo) = match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            let mut header = vec![0x45, 0];
+            header.extend((20 + length).to_be_bytes());
+            header.extend([0, 0, 0, 0, 64, UDP, 0, 0]);
+            header.extend(source.octets());
+            header.extend(destination.octets());
+            let sum = checksum(&header);
+            header[10..12].copy_from_slice(&sum.to_be_bytes());
+            (
+                IPV4,
+                header,
+                [source.octets(), destination.octets()].concat(),
+            )
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            let mut header = vec![0x60, 0, 0, 0];
+            header.extend(length.to_be_bytes());
+            header.extend([UDP, 64]);
+            header.extend(source.octets());
+            header.extend(destination.octets());
+            (
+                IPV6,
+                header,
+                [source.octets(), destination.octets()].concat(),
+            )
+        }
+        _ => bail!("{source} and {destination} are of different families"),
+    };
+    let mut summed = pseudo;
+    summed.extend([0, UDP]);
+    summed.extend(length.to_be_bytes());
+    summed.extend(&udp);
+    let sum = match checksum(&summed) {
+        0 => 0xffff,
+        sum => sum,
+    };
+    udp[6..8].copy_from_slice(&sum.to_be_bytes());
+    let mut frame = Vec::new();
+    frame.extend(destination_mac);
+    frame.extend(source_mac);
+    frame.extend(ethertype.to_be_bytes());
+    frame.append(&mut header);
+    frame.append(&mut udp);
+    Ok(frame)
+}
+
+/// The Internet checksum (RFC 1071) of bytes.
+#[must_use]
+pub fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0)))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap_or(0)
+}
+
+/// Sends a frame as it is from a device of the calling thread's namespace.
+///
+/// # Errors
+///
+/// When there is no such device, or the frame is not taken.
+pub fn send(device: &str, frame: &[u8]) -> Result<()> {
+    // SAFETY: a plain system call; its result is checked.
+    let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    ensure!(
+        socket >= 0,
+        "packet socket: {}",
+        std::io::Error::last_os_error()
+    );
+    // SAFETY: the descriptor was just made and belongs to nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    let index =
+        nix::net::if_::if_nametoindex(device).with_context(|| format!("device {device}"))?;
+    // SAFETY: all-zero is a valid value of this plain structure.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET)?;
+    address.sll_ifindex = i32::try_from(index)?;
+    address.sll_halen = 6;
+    address.sll_addr[..6].copy_from_slice(&frame[..6]);
+    // SAFETY: pointers and lengths describe `frame` and `address`, which live through the call.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const address).cast(),
+            u32::try_from(size_of::<libc::sockaddr_ll>())?,
+        )
+    };
+    ensure!(
+        usize::try_from(sent).is_ok_and(|sent| sent == frame.len()),
+        "send on {device}: {}",
+        std::io::Error::last_os_error()
+    );
+    Ok(())
+}
+
+/// Ethernet address in text to bytes.
+///
+/// # Errors
+///
+/// When it is none.
+pub fn parse_mac(text: &str) -> Result<[u8; 6]> {
+    let bytes: Vec<u8> = text
+        .trim()
+        .split(':')
+        .map(|part| u8::from_str_radix(part, 16))
+        .collect::<std::result::Result<_, _>>()
+        .with_context(|| format!("Ethernet address {text:?}"))?;
+    <[u8; 6]>::try_from(bytes).map_err(|_| anyhow::anyhow!("Ethernet address {text:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_checksum_of_rfc_1071() {
+        assert_eq!(
+            checksum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]),
+            !0xddf2
+        );
+        assert_eq!(checksum(&[1]), !0x0100);
+    }
+}

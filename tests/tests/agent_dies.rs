@@ -1,0 +1,232 @@
+//! The agent may die: nothing that is established breaks, nothing new is refused, and what changed meanwhile
+//! is applied at the next start.
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use weir_tests::{
+    Cluster, Pod, TestResult,
+    cluster::cluster_ips,
+    load::Load,
+    process, rounds,
+    traffic::{self, Connection, Protocol, Server},
+};
+
+const PORT: u16 = 8080;
+
+/// Two nodes with a client on the first, a server on each, and a Service of both.
+struct Bed {
+    cluster: Cluster,
+    client: Pod,
+    servers: Vec<Pod>,
+    _running: Vec<Server>,
+}
+
+impl Bed {
+    fn new(name: &str, arguments: &[&str]) -> Result<Self> {
+        let cluster = Cluster::builder(name).agent_arguments(arguments).start()?;
+        let client = cluster.pod("node1", "client")?;
+        let servers = vec![
+            cluster.pod("node1", "server1")?,
+            cluster.pod("node2", "server2")?,
+        ];
+        let mut running = Vec::new();
+        for server in &servers {
+            running.extend(server.serve(PORT)?);
+        }
+        let both: Vec<_> = servers.iter().collect();
+        cluster.service_of_pods("web", &cluster_ips(10), PORT, &both)?;
+        Ok(Self {
+            cluster,
+            client,
+            servers,
+            _running: running,
+        })
+    }
+
+    /// New and long connections and datagrams: to the ClusterIPs and straight to the pods.
+    fn load(&self) -> Result<Load> {
+        let mut load = Load::default();
+        for vip in cluster_ips(10) {
+            let to = SocketAddr::new(vip, 80);
+            load = load
+                .connections(&self.client.netns, to)?
+                .long_connection(&self.client.netns, to)?
+                .datagrams(&self.client.netns, to)?;
+        }
+        for server in &self.servers {
+            let to = SocketAddr::new(server.address(false)?, PORT);
+            load = load.long_connection(&self.client.netns, to)?;
+        }
+        load.wait_for(100, traffic::TIMEOUT)?;
+        Ok(load)
+    }
+}
+
+#[test]
+fn twenty_kills_under_load_break_nothing() -> TestResult {
+    let bed = Bed::new("kills", &[])?;
+    let load = bed.load()?;
+    let transfer = bed.client.netns.spawn(|| {
+        let to = SocketAddr::new(cluster_ips(10)[0], 80);
+        // One long transfer spans several kills.
+        Connection::open(to)?.transfer(256 << 20, 256 << 20)
+    })?;
+    for round in 0..rounds(20, 200) {
+        for node in bed.cluster.nodes() {
+            node.kill9_agent()?;
+        }
+        // Dead for a while that traffic shows, not a clock.
+        load.wait_for(20, traffic::TIMEOUT)
+            .with_context(|| format!("agents dead, round {round}"))?;
+        for node in bed.cluster.nodes() {
+            node.start_agent()?;
+        }
+        bed.cluster.wait_applied()?;
+        load.wait_for(20, traffic::TIMEOUT)
+            .with_context(|| format!("agents back, round {round}"))?;
+    }
+    load.stop().check(1000)?;
+    transfer
+        .join()
+        .map_err(|_| anyhow::anyhow!("the transfer panicked"))??;
+    Ok(())
+}
+
+#[test]
+fn what_changed_while_the_agent_was_dead_is_applied_at_its_start() -> TestResult {
+    let bed = Bed::new("changes while dead", &[])?;
+    for node in bed.cluster.nodes() {
+        node.kill9_agent()?;
+    }
+    // A Service changes, one comes, and a third that there was is gone.
+    bed.cluster
+        .endpoints("web", PORT, &bed.servers[1].endpoints())?;
+    let ports = weir_tests::objects::Port::both(80, PORT);
+    let vips = cluster_ips(11);
+    bed.cluster
+        .apply(&weir_tests::objects::service("new", &vips, &ports))?;
+    bed.cluster
+        .endpoints("new", PORT, &bed.servers[0].endpoints())?;
+    for node in bed.cluster.nodes() {
+        node.start_agent()?;
+    }
+    bed.cluster.wait_applied()?;
+    for (number, server) in [(10, 1), (11, 0)] {
+        for vip in cluster_ips(number) {
+            for protocol in Protocol::ALL {
+                for _ in 0..20 {
+                    let to = SocketAddr::new(vip, 80);
+                    let name = bed.client.run(|| traffic::name(protocol, to))?;
+                    assert_eq!(name, bed.servers[server].name, "{protocol:?} {vip}");
+                }
+            }
+        }
+    }
+    bed.cluster.node("node1").kill9_agent()?;
+    let service = weir_tests::objects::service("new", &[], &[]);
+    bed.cluster.objects().delete(&service)?;
+    for v6 in [false, true] {
+        let slice = weir_tests::objects::endpoint_slice("new", v6, &[], &[]);
+        bed.cluster.objects().delete(&slice)?;
+    }
+    bed.cluster.node("node1").start_agent()?;
+    bed.cluster.wait_applied()?;
+    let services = bed.cluster.node("node1").weir_json(&["service", "list"])?;
+    let text = services.to_string();
+    assert!(!text.contains("\"new\""), "{text}");
+    let refused = bed
+        .client
+        .run(|| traffic::tcp_name(SocketAddr::new(vips[0], 80)));
+    refused.expect_err("the Service is gone");
+    Ok(())
+}
+
+/// The table holds 1,024 connections; with the agent dead twice as many are made, over each protocol and family, and each must
+/// work: the kernel makes room by itself.
+#[test]
+fn with_the_agent_dead_the_flow_table_may_be_filled_twice_over() -> TestResult {
+    const ROOM: u32 = 1024;
+    let room = ROOM.to_string();
+    let bed = Bed::new("full table", &["--connections", &room])?;
+    for node in bed.cluster.nodes() {
+        node.kill9_agent()?;
+    }
+    for vip in cluster_ips(10) {
+        let to = SocketAddr::new(vip, 80);
+        bed.client.run(|| {
+            for number in 0..2 * ROOM {
+                traffic::tcp_name(to).with_context(|| format!("TCP connection {number}"))?;
+            }
+            for number in 0..2 * ROOM {
+                traffic::udp_name(to, 16).with_context(|| format!("UDP flow {number}"))?;
+            }
+            anyhow::Ok(())
+        })?;
+    }
+    // And with the agent back it is no different.
+    for node in bed.cluster.nodes() {
+        node.start_agent()?;
+    }
+    bed.cluster.wait_applied()?;
+    let name = bed
+        .client
+        .run(|| traffic::tcp_name(SocketAddr::new(cluster_ips(10)[0], 80)))?;
+    assert!(name.starts_with("server"));
+    Ok(())
+}
+
+#[test]
+fn a_replaced_binary_takes_over() -> TestResult {
+    let bed = Bed::new("replaced binary", &[])?;
+    let load = bed.load()?;
+    for node in bed.cluster.nodes() {
+        let before = node.weir_json(&["status"])?;
+        node.agent().stop(nix::sys::signal::Signal::SIGTERM)?;
+        load.wait_for(20, traffic::TIMEOUT)?;
+        node.agent().use_copy_of_binary()?;
+        node.start_agent()?;
+        let after = node.weir_json(&["status"])?;
+        assert_ne!(before["pid"], after["pid"]);
+        assert_eq!(
+            before["attachments"].as_array().map(Vec::len),
+            after["attachments"].as_array().map(Vec::len),
+        );
+    }
+    bed.cluster.wait_applied()?;
+    load.wait_for(100, traffic::TIMEOUT)?;
+    load.stop().check(100)?;
+    Ok(())
+}
+
+#[test]
+fn a_second_agent_refuses_to_start() -> TestResult {
+    let cluster = Cluster::builder("second agent").nodes(1).start()?;
+    let node = &cluster.nodes()[0];
+    let mut second = node.agent().command(&node.netns)?;
+    let output = process::output(&mut second, b"", Duration::from_secs(10))?;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr);
+    let pid = node.agent().pid().unwrap_or(0).to_string();
+    assert!(said.contains(&pid), "the message names who runs: {said}");
+    // The first one does not mind.
+    node.wait_applied()?;
+    Ok(())
+}
+
+#[test]
+fn the_agent_ends_soon_after_sigterm_and_leaves_the_programs() -> TestResult {
+    let bed = Bed::new("sigterm", &[])?;
+    let node = bed.cluster.node("node1");
+    let start = Instant::now();
+    node.agent().stop(nix::sys::signal::Signal::SIGTERM)?;
+    assert!(start.elapsed() < Duration::from_secs(5));
+    for vip in cluster_ips(10) {
+        bed.client
+            .run(|| traffic::tcp_name(SocketAddr::new(vip, 80)))?;
+    }
+    Ok(())
+}
