@@ -36,7 +36,10 @@ fn open(fs: &BpfFs, mode: AttachMode) -> Datapath {
 fn programs(mode: AttachMode, device: &str, direction: TcAttachType) -> Vec<u32> {
     if mode == AttachMode::Tcx {
         let (_, programs) = SchedClassifier::query_tcx(device, direction).unwrap();
-        return programs.iter().map(|program| program.id()).collect();
+        return programs
+            .iter()
+            .map(aya::programs::ProgramInfo::id)
+            .collect();
     }
     let direction = match direction {
         TcAttachType::Ingress => "ingress",
