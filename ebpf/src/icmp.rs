@@ -145,11 +145,11 @@ fn answer<F: Family>(
 #[inline(always)]
 pub fn is_error<A: Address>(packet: &Packet<A>) -> bool {
     match packet.key.protocol {
-        protocol::ICMP => matches!(
+        protocol::ICMP if A::BITS == 32 => matches!(
             packet.icmp_type,
             icmp_type::UNREACHABLE | icmp_type::TIME_EXCEEDED | icmp_type::PARAMETER_PROBLEM
         ),
-        protocol::ICMPV6 => packet.icmp_type < 128,
+        protocol::ICMPV6 if A::BITS == 128 => packet.icmp_type < 128,
         _ => false,
     }
 }
