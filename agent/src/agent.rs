@@ -298,6 +298,10 @@ impl Agent {
         }
         let delta = self.model.take_delta();
         for (name, node) in delta.nodes {
+            if name == self.settings.node_name {
+                // Its addresses are where the programs' ICMP errors come from.
+                self.mark(Row::Config);
+            }
             match node {
                 Some(node) => self.node_objects.insert(name, node),
                 None => self.node_objects.remove(&name),

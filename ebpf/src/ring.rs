@@ -155,9 +155,10 @@ fn next_place<F: Family>() -> u32 {
     if config.connections == 0 {
         return NO_PLACE;
     }
+    // Relaxed would do, but LLVM then takes the add that returns nothing (and gives the operand).
     // SAFETY: an aligned word of an array that lives as long as the program; every processor
     // changes it by this instruction only.
     let hand =
-        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*state).hand, 1) };
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::AcqRel }>(&raw mut (*state).hand, 1) };
     (hand % u64::from(config.connections)) as u32
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -151,6 +152,16 @@ impl Agent {
 
     /// The row of `CONFIG`: the ranges of the allocator, those of older pods included.
     pub(super) fn apply_config(&mut self) -> anyhow::Result<()> {
+        let own = self.node_objects.get(&self.settings.node_name);
+        let addresses = || own.into_iter().flat_map(|node| &node.addresses);
+        self.config.node_v4 = addresses().find_map(|address| match address {
+            IpAddr::V4(v4) => Some(*v4),
+            IpAddr::V6(_) => None,
+        });
+        self.config.node_v6 = addresses().find_map(|address| match address {
+            IpAddr::V6(v6) => Some(*v6),
+            IpAddr::V4(_) => None,
+        });
         self.config.pod_ranges = self.endpoints.pod_ranges().collect();
         self.datapath.config_mut().apply(&self.config)?;
         Ok(())

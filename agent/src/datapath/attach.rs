@@ -18,7 +18,7 @@ use aya::programs::{
 };
 use weir_common::metrics::{HOOKS, Hook};
 
-use super::DatapathError;
+use super::{DatapathError, sys};
 
 /// Priority of our filters: after those that others insist on having first.
 const PRIORITY: u16 = 0x5765;
@@ -176,10 +176,12 @@ impl Attacher {
 
     fn detach_one(&self, hook: Hook, ifindex: u32) -> io::Result<()> {
         let path = self.path(hook, ifindex);
-        if mode_of(&path) == AttachMode::Clsact
-            && let Ok(device) = nix::net::if_::if_indextoname(ifindex)
-        {
-            let device = device.to_string_lossy();
+        if mode_of(&path) == AttachMode::Tcx {
+            // It fails when the device is gone, and the attachment with it.
+            if let Err(error) = sys::detach_link(&path) {
+                tracing::debug!(%error, pin = %path.display(), "link was not attached");
+            }
+        } else if let Some(device) = device_name(ifindex) {
             let link =
                 SchedClassifierLink::attached(&device, attach_type(hook), PRIORITY, HANDLE, None)?;
             // It fails when the qdisc has been removed, and the filter with it.
@@ -217,9 +219,7 @@ impl Attacher {
             .attachments()?
             .into_iter()
             .map(|attachment| attachment.ifindex)
-            .filter(|ifindex| {
-                !keep.contains(ifindex) || nix::net::if_::if_indextoname(*ifindex).is_err()
-            })
+            .filter(|ifindex| !keep.contains(ifindex) || device_name(*ifindex).is_none())
             .collect();
         for ifindex in &stale {
             self.detach(*ifindex)?;
@@ -241,16 +241,23 @@ fn replace(program: &mut SchedClassifier, path: &Path) -> io::Result<()> {
     program.take_link(id).map(drop).map_err(program_error)
 }
 
-/// What the file pins: a link, or (clsact) a program.
+/// What the file pins: a tcx link, or (clsact) a program.
 fn mode_of(path: &Path) -> AttachMode {
     let is_link = PinnedLink::from_pin(path)
-        .ok()
-        .is_some_and(|link| FdLink::from(link).info().is_ok());
+        .is_ok_and(|link| SchedClassifierLink::try_from(FdLink::from(link)).is_ok());
     if is_link {
         AttachMode::Tcx
     } else {
         AttachMode::Clsact
     }
+}
+
+/// The name of a device, or `None` if there is none with this index.
+fn device_name(ifindex: u32) -> Option<String> {
+    let name = nix::net::if_::if_indextoname(ifindex).ok()?;
+    // nix takes the null pointer for success and gives an empty name.
+    let name = name.to_string_lossy().into_owned();
+    (!name.is_empty()).then_some(name)
 }
 
 fn attach_type(hook: Hook) -> TcAttachType {

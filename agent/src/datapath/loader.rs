@@ -11,7 +11,7 @@ use aya::{
     programs::{ProgramError, SchedClassifier},
 };
 use nix::sys::statfs::{FsType, statfs};
-use weir_common::metrics::HOOKS;
+use weir_common::metrics::{HOOKS, Hook};
 
 use super::{
     DatapathError, DatapathOptions,
@@ -65,7 +65,7 @@ pub(super) fn load(object: &[u8], options: &DatapathOptions) -> Result<Loaded, D
         .map_err(|error| DatapathError::Load(Box::new(error)))?;
     let migrations = plan.carry_over(&maps)?;
 
-    for name in HOOKS.map(|hook| hook.name()) {
+    for name in HOOKS.map(Hook::name) {
         program(&mut ebpf, name)?
             .load()
             .map_err(|error| refused(name, error))?;

@@ -8,8 +8,8 @@ use super::{DatapathError, DatapathOptions};
 /// The object that the build script has compiled.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-ebpf"));
 
-/// The map of scratch space, the only one that is not pinned.
-const SCRATCH: &str = "SCRATCH";
+/// Scratch space of the programs: holds nothing beyond a packet, and is not pinned.
+const UNPINNED: [&str; 2] = ["SCRATCH", "PACKET"];
 
 /// What a map is, as the object defines it with the sizes of the options.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -61,7 +61,7 @@ pub fn shapes(object: &[u8], options: &DatapathOptions) -> Result<Vec<MapShape>,
     let mut shapes: Vec<MapShape> = object
         .maps
         .iter()
-        .filter(|(name, _)| !name.starts_with('.') && name.as_str() != SCRATCH)
+        .filter(|(name, _)| !name.starts_with('.') && !UNPINNED.contains(&name.as_str()))
         .map(|(name, map)| MapShape {
             name: name.clone(),
             map_type: map.map_type(),

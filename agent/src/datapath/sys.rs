@@ -3,8 +3,13 @@
 //! owned file descriptors and byte slices whose lengths are checked.
 
 use std::{
+    ffi::CString,
     io, mem,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 
 use aya::maps::{MapData, MapInfo};
@@ -304,6 +309,24 @@ pub fn create_map(
     attr.__bindgen_anon_1.inner_map_fd = inner.map_or(0, raw);
     // SAFETY: map creation reads no pointer of `attr`.
     unsafe { bpf(bpf_cmd::BPF_MAP_CREATE, &mut attr) }.map(owned)
+}
+
+/// Detaches a pinned link at once. Removing its pin would do so too, but only some time later:
+/// the kernel leaves the last reference to a worker.
+///
+/// # Errors
+///
+/// The file is no link, or the kernel's.
+pub fn detach_link(path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed_attr();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    // SAFETY: `pathname` ends with a zero byte and lives until the call returns.
+    let link = unsafe { bpf(bpf_cmd::BPF_OBJ_GET, &mut attr) }.map(owned)?;
+    let mut attr = zeroed_attr();
+    attr.link_detach.link_fd = raw(link.as_fd());
+    // SAFETY: the command reads no pointer of `attr`.
+    unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr) }.map(drop)
 }
 
 /// The bytes of a map key or value.

@@ -36,7 +36,10 @@ fn open(fs: &BpfFs, mode: AttachMode) -> Datapath {
 fn programs(mode: AttachMode, device: &str, direction: TcAttachType) -> Vec<u32> {
     if mode == AttachMode::Tcx {
         let (_, programs) = SchedClassifier::query_tcx(device, direction).unwrap();
-        return programs.iter().map(|program| program.id()).collect();
+        return programs
+            .iter()
+            .map(aya::programs::ProgramInfo::id)
+            .collect();
     }
     let direction = match direction {
         TcAttachType::Ingress => "ingress",
@@ -128,23 +131,23 @@ fn devices_that_are_gone_or_unwanted_are_swept() {
     for mode in [AttachMode::Tcx, AttachMode::Clsact] {
         in_namespace(move || {
             let fs = BpfFs::new();
-            ip("link add a type veth peer name a2");
-            ip("link add b type veth peer name b2");
-            ip("link add c type veth peer name c2");
+            ip("link add dev-a type veth peer name peer-a");
+            ip("link add dev-b type veth peer name peer-b");
+            ip("link add dev-c type veth peer name peer-c");
             let mut datapath = open(&fs, mode);
-            let indices = ["a", "b", "c"].map(index);
-            for (name, index) in ["a", "b", "c"].into_iter().zip(indices) {
+            let indices = ["dev-a", "dev-b", "dev-c"].map(index);
+            for (name, index) in ["dev-a", "dev-b", "dev-c"].into_iter().zip(indices) {
                 datapath.attach_device(index, name).unwrap();
             }
             drop(datapath);
-            ip("link del a");
+            ip("link del dev-a");
             let datapath = open(&fs, mode);
             let keep = BTreeSet::from([indices[0], indices[1]]);
             let swept = datapath.sweep_attachments(&keep).unwrap();
-            assert_eq!(swept, BTreeSet::from([indices[0], indices[2]]));
-            assert_eq!(programs(mode, "b", TcAttachType::Ingress).len(), 1);
-            assert_eq!(programs(mode, "c", TcAttachType::Ingress).len(), 0);
-            assert_eq!(programs(mode, "c", TcAttachType::Egress).len(), 0);
+            assert_eq!(swept, BTreeSet::from([indices[0], indices[2]]), "{mode:?}");
+            assert_eq!(programs(mode, "dev-b", TcAttachType::Ingress).len(), 1);
+            assert_eq!(programs(mode, "dev-c", TcAttachType::Ingress).len(), 0);
+            assert_eq!(programs(mode, "dev-c", TcAttachType::Egress).len(), 0);
             assert_eq!(datapath.attachments().unwrap().len(), 2);
         });
     }
@@ -155,18 +158,18 @@ fn an_index_that_belongs_to_another_device_now() {
     for mode in [AttachMode::Tcx, AttachMode::Clsact] {
         in_namespace(move || {
             let fs = BpfFs::new();
-            ip("link add a index 77 type veth peer name a2");
+            ip("link add dev-a index 77 type veth peer name peer-a");
             let mut datapath = open(&fs, mode);
-            datapath.attach_device(77, "a").unwrap();
-            ip("link del a");
-            ip("link add new index 77 type veth peer name new2");
-            let error = datapath.attach_device(77, "a").unwrap_err();
-            assert!(error.to_string().contains("to a (index 77)"), "{error}");
-            let error = datapath.attach_device(78, "new").unwrap_err();
+            datapath.attach_device(77, "dev-a").unwrap();
+            ip("link del dev-a");
+            ip("link add dev-new index 77 type veth peer name peer-new");
+            let error = datapath.attach_device(77, "dev-a").unwrap_err();
+            assert!(error.to_string().contains("to dev-a (index 77)"), "{error}");
+            let error = datapath.attach_device(78, "dev-new").unwrap_err();
             assert!(error.to_string().contains("index 77"), "{error}");
-            datapath.attach_device(77, "new").unwrap();
-            assert_eq!(programs(mode, "new", TcAttachType::Ingress).len(), 1);
-            assert_eq!(programs(mode, "new", TcAttachType::Egress).len(), 1);
+            datapath.attach_device(77, "dev-new").unwrap();
+            assert_eq!(programs(mode, "dev-new", TcAttachType::Ingress).len(), 1);
+            assert_eq!(programs(mode, "dev-new", TcAttachType::Egress).len(), 1);
         });
     }
 }

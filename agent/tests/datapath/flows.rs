@@ -84,10 +84,9 @@ fn both_entries_go_when_the_newer_is_too_old() {
         }
     }
     // The second UDP connection was answered, at second 20.
-    for (key, mut entry) in [pair(V4.0, V4.1, 2, UDP, 2)[1]] {
-        (entry.packets, entry.last_seen) = (1, 20 * TICKS_PER_SECOND);
-        v4.insert(key, entry, 0).unwrap();
-    }
+    let [_, (key, mut reply)] = pair(V4.0, V4.1, 2, UDP, 2);
+    (reply.packets, reply.last_seen) = (1, 20 * TICKS_PER_SECOND);
+    v4.insert(key, reply, 0).unwrap();
     let counter = |created: u64| {
         let map: aya::maps::PerCpuArray<_, Counter> = fs.map("METRICS").try_into().unwrap();
         let mut map: aya::maps::PerCpuArray<_, Counter> = map;

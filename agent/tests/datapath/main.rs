@@ -1,5 +1,6 @@
 //! The data path against the running kernel: maps, pins, links. Needs root. Every test has a BPF
 //! file system of its own, and a network namespace where it needs devices.
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod attach;
 mod endpoints;

@@ -7,7 +7,6 @@
 pub mod config;
 pub mod endpoints;
 pub mod ipcache;
-mod maglev;
 pub mod next_hops;
 mod numbers;
 mod recovery;

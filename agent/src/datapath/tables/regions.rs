@@ -39,7 +39,7 @@ impl Regions {
         let Some((&free, &length)) = self.by_start.range(..=start).next_back() else {
             return false;
         };
-        if start % GRAIN != 0 || slots == 0 || start + wanted > free + length {
+        if !start.is_multiple_of(GRAIN) || slots == 0 || start + wanted > free + length {
             return false;
         }
         self.remove(free, length);

@@ -20,7 +20,7 @@ use weir_common::{
 };
 
 use super::{
-    Ipcache, TableError, io_error, is_full, maglev, numbers::Numbers, recovery, regions::Regions,
+    Ipcache, TableError, io_error, is_full, numbers::Numbers, recovery, regions::Regions,
     slots::Slots,
 };
 use crate::{
@@ -29,7 +29,7 @@ use crate::{
         mapped::MappedArray,
         sys::{self, RawMap},
     },
-    model::{BackendAddress, BackendState, FrontendKind, ServicePort, ServicePortKey},
+    model::{BackendAddress, BackendState, FrontendKind, ServicePort, ServicePortKey, maglev},
 };
 
 pub(super) const FRONTENDS_V4: &str = "FRONTENDS_V4";
