@@ -66,7 +66,7 @@ fn clippy_bpf() -> Result<Command> {
         .cargo("check", &build::workspace(), &target_directory)
         .context("cannot prepare the BPF build")?;
     command
-        .args(["--package", "weir-ebpf"])
+        .args(["--package", "weir-ebpf", "--package", "weir-bench-ebpf"])
         .env("RUSTC_WORKSPACE_WRAPPER", driver)
         // As cargo-clippy hands its arguments to the driver.
         .env("CLIPPY_ARGS", "-Dwarnings__CLIPPY_HACKERY__");
