@@ -165,7 +165,7 @@ impl<A: Address> Packet<A> {
         // packet beyond 64 KiB is zero.
         let whole = self.fragment == fragment::WHOLE;
         let jumbo = length == 0 && access::gso_size(ctx) != 0;
-        if !jumbo && (length < 8 || (whole && length > l4_length)) {
+        if l4_length < 8 || (!jumbo && (length < 8 || (whole && length > l4_length))) {
             return Err(DropReason::Malformed);
         }
         self.key.source_port = header.source;

@@ -68,7 +68,11 @@ fn what_is_too_big_is_told_so() {
                 let packet = bed.leaving(CLIENT, address, udp(4000, 53));
                 let packet = sized(bed, packet, mtu + excess);
                 let answer = too_big(bed, &packet, mtu);
-                bed.check(Case::from_pod(name, CLIENT, &packet, Verdict::Answered).out(&answer));
+                bed.check(
+                    Case::from_pod(name, CLIENT, &packet, Verdict::Answered)
+                        .out(&answer)
+                        .sum_may_change(),
+                );
             }
             let packet = bed.leaving(CLIENT, address, udp(4000, 53));
             let seen = bed.from_pod(CLIENT, &sized(bed, packet, mtu));
@@ -81,7 +85,11 @@ fn what_is_too_big_is_told_so() {
             let packet = bed.incoming(source, bed.pod(CLIENT), udp(4000, 53));
             let packet = sized(bed, packet, POD_MTU + 77);
             let answer = too_big(bed, &packet, POD_MTU);
-            bed.check(Case::from_netdev("from outside", &packet, Verdict::Answered).out(&answer));
+            bed.check(
+                Case::from_netdev("from outside", &packet, Verdict::Answered)
+                    .out(&answer)
+                    .sum_may_change(),
+            );
         }
         if bed.is_v4() {
             // What may be cut is cut by the stack.
@@ -107,7 +115,11 @@ fn a_reply_that_is_too_big_quotes_what_its_sender_sent() {
         let reply = bed.incoming(bed.remote_pod(9), bed.pod(CLIENT), udp(5353, 4000));
         let reply = sized(bed, reply, POD_MTU + 20);
         let answer = too_big(bed, &reply, POD_MTU);
-        bed.check(Case::from_netdev("reply", &reply, Verdict::Answered).out(&answer));
+        bed.check(
+            Case::from_netdev("reply", &reply, Verdict::Answered)
+                .out(&answer)
+                .sum_may_change(),
+        );
     });
 }
 
@@ -125,7 +137,8 @@ fn hops_that_are_used_up_are_told_so() {
                     let answer = time_exceeded(bed, &packet);
                     bed.check(
                         Case::from_pod("from a pod", CLIENT, &packet, Verdict::Answered)
-                            .out(&answer),
+                            .out(&answer)
+                            .sum_may_change(),
                     );
                 }
             }
@@ -134,7 +147,11 @@ fn hops_that_are_used_up_are_told_so() {
             .incoming(bed.remote_pod(9), bed.pod(CLIENT), tcp(1, 2, ACK))
             .with_ttl(1);
         let answer = time_exceeded(bed, &packet);
-        bed.check(Case::from_netdev("from outside", &packet, Verdict::Answered).out(&answer));
+        bed.check(
+            Case::from_netdev("from outside", &packet, Verdict::Answered)
+                .out(&answer)
+                .sum_may_change(),
+        );
         // The stack looks after its own.
         for address in [bed.node(), bed.outside()] {
             let packet = bed.leaving(CLIENT, address, udp(1, 2)).with_ttl(1);
@@ -164,7 +181,8 @@ fn the_smallest_and_the_largest_quote() {
                     &packet,
                     Verdict::Answered,
                 )
-                .out(&answer),
+                .out(&answer)
+                .sum_may_change(),
             );
         }
     });

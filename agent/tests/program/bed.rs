@@ -645,7 +645,9 @@ impl Case {
         self
     }
 
-    /// For a packet whose receiver never asks for the sum that the device has made.
+    /// For a packet whose receiver never asks for the sum that a device has made: SCTP, pieces of
+    /// datagrams, UDP without a checksum; and for answers, which no device that makes sums gets to
+    /// see before they leave again.
     pub fn sum_may_change(mut self) -> Self {
         self.sum_is_kept = false;
         self

@@ -97,7 +97,8 @@ fn new_connections_go_on_and_none_is_left_in_half() {
                 _ => send(bed, udp(port, 80)),
             }
             if port % 16 == 0 {
-                assert_eq!(connections(bed).len(), CONNECTIONS.min(port.into()));
+                let wanted = CONNECTIONS.min(port.into());
+                assert_eq!(connections(bed).len(), wanted);
             }
         }
         let counter = |outcome| bed.datapath.counters().outcome(outcome).unwrap().packets;
