@@ -76,8 +76,8 @@ pub const LOOPBACK_V4: Ipv4 = Ipv4([169, 254, 42, 1]);
 pub const LOOPBACK_V6: Ipv6 = Ipv6([
     0xfd, 0x57, 0x65, 0x69, 0x72, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1,
 ]);
-/// Default first NAT port; below `ip_local_port_range` (32768) and above the NodePorts' upper
-/// half is no free room, so it is the top of the range (see `docs/datapath.md`).
+/// Default first NAT port: the top of the port range, above the range from which Linux picks source
+/// ports of its own by default (32768 to 60999).
 pub const NAT_PORT_FIRST: u16 = 61_000;
 /// Default number of NAT ports: 61000 to 65534.
 pub const NAT_PORT_COUNT: u16 = 4535;

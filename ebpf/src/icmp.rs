@@ -340,16 +340,6 @@ fn finish(ctx: &TcContext, header: u32, quote: u32, pseudo: Option<(&Ipv6, &Ipv6
     0
 }
 
-/// The tuple of the packet that an ICMP error quotes, turned round.
-#[repr(C)]
-struct Quoted<A> {
-    key: FlowKey<A>,
-    /// Offset of the quoted network header.
-    l3_offset: u32,
-    /// Offset of the quoted ports.
-    l4_offset: u32,
-}
-
 /// Translates an ICMP error about a packet that was translated here, and gives the number of the
 /// next hop of the connection's other direction: the error goes where that goes. `None`: it is about
 /// no connection known here.

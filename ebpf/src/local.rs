@@ -36,10 +36,11 @@ pub fn config() -> Result<&'static Config, DropReason> {
 pub fn of_device(ctx: &TcContext, prefix: [u8; 2], mac: MacAddress) -> Result<Local, DropReason> {
     let ifindex = access::ifindex(ctx);
     let number = endpoint::number_of_mac(prefix, mac);
-    if let Some(local) = by_number(number)
-        && local.row.ifindex == ifindex
-    {
-        return Ok(local);
+    if number != 0 {
+        return match by_number(number) {
+            Some(local) if local.row.ifindex == ifindex => Ok(local),
+            _ => Err(DropReason::InvalidSourceMac),
+        };
     }
     maps::count_lookup(Lookup::EndpointByIfindex);
     // SAFETY: the value is a word, read at once.

@@ -62,9 +62,11 @@ fn clippy_bpf() -> Result<Command> {
         Compiler::Rustup { sysroot } => sysroot.join("bin/clippy-driver"),
     };
     let target_directory = build::workspace().join("target/bpf-clippy");
-    let mut command = toolchain.cargo("check", &build::workspace(), &target_directory).context("cannot prepare the BPF build")?;
+    let mut command = toolchain
+        .cargo("check", &build::workspace(), &target_directory)
+        .context("cannot prepare the BPF build")?;
     command
-        .args(["--package", "weir-ebpf"])
+        .args(["--package", "weir-ebpf", "--package", "weir-bench-ebpf"])
         .env("RUSTC_WORKSPACE_WRAPPER", driver)
         // As cargo-clippy hands its arguments to the driver.
         .env("CLIPPY_ARGS", "-Dwarnings__CLIPPY_HACKERY__");

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod build;
 mod demo;
 mod lint;
@@ -44,6 +45,14 @@ enum Command {
         #[arg(long)]
         long: bool,
     },
+    /// Measures Weir beside its rivals and writes docs/performance.md; needs root.
+    Bench {
+        /// What to measure: packets, pods, agent; everything if nothing is named.
+        what: Vec<String>,
+        /// Two minutes instead of ten, printed only.
+        #[arg(long)]
+        quick: bool,
+    },
     /// Shows a two-node cluster at work in under a minute; needs root.
     Demo {
         /// Leave the cluster up and say how to enter it.
@@ -81,6 +90,7 @@ fn run(command: Command) -> Result<()> {
         Command::Build => build::run(),
         Command::Lint => lint::run(),
         Command::Test { filter, long } => test::run(&filter, long),
+        Command::Bench { what, quick } => bench::run(&what, quick),
         Command::Demo { clean: true, .. } => demo::clean(),
         Command::Demo { keep, .. } => demo::run(keep),
         Command::VerifyKernel { series } => vm::verify(&series),

@@ -1,6 +1,7 @@
 //! The writer of `IPCACHE_V4` and `IPCACHE_V6`. A prefix can be wanted for two causes at once: by
-//! the node manager (pods and nodes) and because it is an address of Services; the first decides
-//! what is written, the second are counted.
+//! the node manager (pods and nodes) and because it is an address of Services. The Services decide
+//! what is written: kube-proxy's ipvs mode and node-local DNS caches put their addresses on a device
+//! of the node.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -43,12 +44,11 @@ struct Row {
 
 impl Row {
     fn wanted(&self) -> Option<IpcacheEntry> {
-        self.explicit.or_else(|| {
-            (self.frontends > 0).then_some(IpcacheEntry {
-                class: class::SERVICE,
-                ..IpcacheEntry::default()
-            })
-        })
+        let service = (self.frontends > 0).then_some(IpcacheEntry {
+            class: class::SERVICE,
+            ..IpcacheEntry::default()
+        });
+        service.or(self.explicit)
     }
 }
 
@@ -74,7 +74,7 @@ impl Ipcache {
         })
     }
 
-    /// Says what a prefix is; an entry that a Service makes at the same address stands back.
+    /// Says what a prefix is, unless a Service has this address.
     ///
     /// # Errors
     ///

@@ -1,0 +1,386 @@
+//! A node for test runs: the real programs and maps, filled by the agent's own library, in a
+//! network namespace and with a BPF file system that end with the thread that made them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use aya::maps::MapData;
+use ipnet::IpNet;
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use weir_agent::{
+    datapath::{
+        Datapath, DatapathOptions, EndpointRow, Hop, HopRef, NodeConfig,
+        sys::{RawMap, bytes_of, from_bytes},
+    },
+    model::{
+        Backend, BackendAddress, BackendState, Frontend, FrontendKind, ServicePort, ServicePortKey,
+    },
+    objects::{Family, ObjectName, Protocol},
+};
+use weir_common::{
+    Port,
+    address::Address,
+    flow::{FlowEntry, FlowKey, scope},
+    ipcache::class,
+    protocol,
+};
+
+use super::frame::Tuple;
+
+/// Services of each kind; connections go to them in turn.
+pub const SERVICES: u32 = 16;
+/// Endpoints of each Service that leads to the other node.
+const REMOTE_ENDPOINTS: u32 = 8;
+/// First source port.
+const FIRST_PORT: u32 = 10_000;
+/// The only node beside this one.
+const OTHER_NODE: &str = "node2";
+
+/// The pods. Only the first two have Services, the others never get an entry in the flow table.
+pub const CLIENT: u32 = 1;
+pub const LOCAL_SERVER: u32 = 2;
+pub const PLAIN_CLIENT: u32 = 3;
+pub const PLAIN_SERVER: u32 = 4;
+const PODS: u32 = 4;
+
+/// Where packets go.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Route {
+    /// To a Service with endpoints on the other node.
+    RemoteService,
+    /// To a Service with its endpoint on this node.
+    LocalService,
+    /// To a pod of this node by its own address.
+    LocalPod,
+    /// To a pod of the other node by its own address.
+    RemotePod,
+}
+
+/// Puts the calling thread into a network namespace and a mount namespace of its own.
+///
+/// # Errors
+///
+/// The caller is not root.
+pub fn isolate() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
+        .context("make a network and a mount namespace; are you root?")?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .context("make mounts private")?;
+    mount(
+        Some("bpf"),
+        "/sys/fs/bpf",
+        Some("bpf"),
+        MsFlags::empty(),
+        none,
+    )
+    .context("mount a BPF file system")
+}
+
+/// See the module.
+pub struct Lab {
+    /// The programs and maps.
+    pub datapath: Datapath,
+    root: PathBuf,
+    uplink: u32,
+    devices: Vec<u32>,
+}
+
+impl Lab {
+    /// Opens the data path and fills its tables, in the namespaces of the calling thread. `name`
+    /// tells several on one thread apart.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, or the data path's.
+    pub fn new(name: &str, connections: u32) -> Result<Self> {
+        let root = Path::new("/sys/fs/bpf").join(name);
+        let uplink = make_device(&format!("{name}-up"))?;
+        let devices = (1..=PODS)
+            .map(|number| make_device(&format!("{name}-{number}")))
+            .collect::<Result<_>>()?;
+        let options = DatapathOptions {
+            bpf_root: root.clone(),
+            connections,
+            ..DatapathOptions::default()
+        };
+        let mut lab = Self {
+            datapath: Datapath::open(&options)?,
+            root,
+            uplink,
+            devices,
+        };
+        lab.fill()?;
+        Ok(lab)
+    }
+
+    fn fill(&mut self) -> Result<()> {
+        self.datapath.config_mut().apply(&NodeConfig {
+            pod_ranges: vec![
+                IpNet::new(pod(Family::V4, 0), 24)?,
+                IpNet::new(pod(Family::V6, 0), 64)?,
+            ],
+            ..NodeConfig::default()
+        })?;
+        for (number, ifindex) in (1..).zip(self.devices.clone()) {
+            let (IpAddr::V4(ipv4), IpAddr::V6(ipv6)) =
+                (pod(Family::V4, number), pod(Family::V6, number))
+            else {
+                unreachable!("each of its family")
+            };
+            self.datapath.insert_endpoint(&EndpointRow {
+                number,
+                ipv4: Some(ipv4),
+                ipv6: Some(ipv6),
+                ifindex,
+                mtu: 1500,
+                netns_cookie: 0,
+            })?;
+        }
+        for family in [Family::V4, Family::V6] {
+            self.add_other_node(family)?;
+            for service in 0..SERVICES {
+                let remote = (0..REMOTE_ENDPOINTS)
+                    .map(|i| (remote_pod(family, service * REMOTE_ENDPOINTS + i), 8080));
+                self.add_service(family, service, remote)?;
+                // A port for each Service, or the reply tuples of two connections would be one.
+                let local = (pod(family, LOCAL_SERVER), 8080 + service as u16);
+                self.add_service(family, SERVICES + service, [local])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add_other_node(&mut self, family: Family) -> Result<()> {
+        let (gateway, bits): (IpAddr, u8) = match family {
+            Family::V4 => (Ipv4Addr::new(192, 168, 77, 12).into(), 24),
+            Family::V6 => (Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, 12).into(), 64),
+        };
+        let pods = IpNet::new(remote_pod(family, 0), bits)?.trunc();
+        let hop = Hop {
+            ifindex: self.uplink,
+            gateway,
+            mtu: 1500,
+        };
+        self.datapath
+            .set_hop(OTHER_NODE, family, &[pods], Some(hop))?;
+        let hop = HopRef::Node(OTHER_NODE, family);
+        self.datapath.set_ipcache(pods, class::REMOTE_PODS, hop)?;
+        Ok(())
+    }
+
+    fn add_service(
+        &mut self,
+        family: Family,
+        number: u32,
+        endpoints: impl IntoIterator<Item = (IpAddr, u16)>,
+    ) -> Result<()> {
+        let (key, desired) = service(family, cluster_ip(family, number), number, endpoints);
+        self.datapath.apply_service(&key, Some(&desired))?;
+        Ok(())
+    }
+
+    /// Interface index of a pod's device on the host.
+    pub fn device(&self, pod: u32) -> u32 {
+        self.devices[pod as usize - 1]
+    }
+
+    /// Interface index of the node's device.
+    pub fn uplink(&self) -> u32 {
+        self.uplink
+    }
+
+    /// A map by its pin.
+    ///
+    /// # Errors
+    ///
+    /// There is none of that name.
+    pub fn map(&self, name: &str) -> Result<RawMap> {
+        let path = self.root.join("maps").join(name);
+        let map = MapData::from_pin(&path).with_context(|| format!("open {}", path.display()))?;
+        Ok(RawMap::new(&map)?)
+    }
+
+    /// Forgets every connection.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn clear_flows(&self, family: Family) -> Result<()> {
+        let map = self.map(flows(family))?;
+        for key in map.keys()? {
+            map.delete(&key)?;
+        }
+        Ok(())
+    }
+
+    /// The tuples of the replies to connections that the flow table knows, as they come from the
+    /// other node.
+    ///
+    /// # Errors
+    ///
+    /// A connection is not known.
+    pub fn replies(&self, family: Family, tuples: &[Tuple]) -> Result<Vec<Tuple>> {
+        let map = self.map(flows(family))?;
+        tuples
+            .iter()
+            .map(|tuple| match (tuple.source.ip(), tuple.destination.ip()) {
+                (IpAddr::V4(a), IpAddr::V4(b)) => {
+                    reply::<weir_common::Ipv4>(&map, tuple, a.into(), b.into())
+                }
+                (IpAddr::V6(a), IpAddr::V6(b)) => {
+                    reply::<weir_common::Ipv6>(&map, tuple, a.into(), b.into())
+                }
+                _ => unreachable!("a tuple has one family"),
+            })
+            .collect()
+    }
+}
+
+fn reply<A>(map: &RawMap, tuple: &Tuple, source: A, destination: A) -> Result<Tuple>
+where
+    A: Address,
+    FlowKey<A>: aya::Pod,
+    FlowEntry<A>: aya::Pod,
+{
+    let key = FlowKey {
+        source,
+        destination,
+        source_port: Port::new(tuple.source.port()),
+        destination_port: Port::new(tuple.destination.port()),
+        protocol: protocol::TCP,
+        scope: scope::POD,
+        reserved: 0,
+    };
+    let mut value = vec![0; map.value_size()];
+    anyhow::ensure!(
+        map.lookup(bytes_of(&key), &mut value)?,
+        "the flow table does not know {tuple:?}"
+    );
+    let partner = from_bytes::<FlowEntry<A>>(&value).partner_key(key.protocol);
+    Ok(Tuple {
+        source: SocketAddr::new(partner.source.to_ip(), partner.source_port.get()),
+        destination: SocketAddr::new(partner.destination.to_ip(), partner.destination_port.get()),
+    })
+}
+
+const fn flows(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "FLOWS_V4",
+        Family::V6 => "FLOWS_V6",
+    }
+}
+
+/// Desired state of a Service port with one frontend.
+pub fn service(
+    family: Family,
+    address: IpAddr,
+    number: u32,
+    endpoints: impl IntoIterator<Item = (IpAddr, u16)>,
+) -> (ServicePortKey, ServicePort) {
+    let key = ServicePortKey {
+        service: ObjectName::new("bench", format!("service-{number}")),
+        port_name: "http".into(),
+        protocol: Protocol::Tcp,
+        family,
+        port: 80,
+    };
+    let frontend = Frontend {
+        address,
+        port: 80,
+        kind: FrontendKind::ClusterIp,
+    };
+    let backend = Backend {
+        state: BackendState::Active,
+        node: String::new(),
+        zone: String::new(),
+        target: String::new(),
+    };
+    let backends = endpoints
+        .into_iter()
+        .map(|(address, port)| (BackendAddress { address, port }, backend.clone()));
+    let desired = ServicePort {
+        frontends: BTreeSet::from([frontend]),
+        backends: backends.collect(),
+        unused: BTreeMap::new(),
+    };
+    (key, desired)
+}
+
+/// Tuples of `count` different connections that take `route`, in an order that has nothing to do
+/// with their numbers.
+pub fn connections(family: Family, route: Route, from: u32, count: u32) -> Vec<Tuple> {
+    let mut tuples: Vec<Tuple> = (0..count)
+        .map(|i| {
+            let (service, turn) = (i % SERVICES, i / SERVICES);
+            let destination = match route {
+                Route::RemoteService => SocketAddr::new(cluster_ip(family, service), 80),
+                Route::LocalService => SocketAddr::new(cluster_ip(family, SERVICES + service), 80),
+                Route::LocalPod => SocketAddr::new(pod(family, PLAIN_SERVER), 80 + service as u16),
+                Route::RemotePod => SocketAddr::new(remote_pod(family, service), 80),
+            };
+            Tuple {
+                source: SocketAddr::new(pod(family, from), (FIRST_PORT + turn) as u16),
+                destination,
+            }
+        })
+        .collect();
+    shuffle(&mut tuples);
+    tuples
+}
+
+/// Fisher and Yates' with a plain linear congruential generator: the same in every run.
+fn shuffle<T>(items: &mut [T]) {
+    let mut state = 1u64;
+    for i in (1..items.len()).rev() {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        items.swap(i, (state >> 33) as usize % (i + 1));
+    }
+}
+
+/// Address of a pod of this node.
+pub fn pod(family: Family, number: u32) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::from_bits(0x0af4_0100 + number).into(),
+        Family::V6 => {
+            Ipv6Addr::from_bits((0xfd00_0244_0000_0001 << 64) + u128::from(number)).into()
+        }
+    }
+}
+
+/// Address of a pod of the other node.
+pub fn remote_pod(family: Family, number: u32) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::from_bits(0x0af4_0200 + number + 1).into(),
+        Family::V6 => {
+            Ipv6Addr::from_bits((0xfd00_0244_0000_0002 << 64) + u128::from(number) + 1).into()
+        }
+    }
+}
+
+/// Address of a Service.
+pub fn cluster_ip(family: Family, number: u32) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::from_bits(0x0a60_0000 + number + 1).into(),
+        Family::V6 => Ipv6Addr::from_bits((0xfd00_0096 << 96) + u128::from(number) + 1).into(),
+    }
+}
+
+/// A veth pair in the namespace of the calling thread; gives the index of its first half.
+fn make_device(name: &str) -> Result<u32> {
+    let mut command = Command::new("ip");
+    command.args(["link", "add", name, "type", "veth"]);
+    weir_tests::process::run(&mut command, b"", Duration::from_secs(20))?;
+    nix::net::if_::if_nametoindex(name).with_context(|| format!("index of {name}"))
+}
