@@ -59,6 +59,22 @@ impl Hop {
         }
     }
 
+    /// The endpoint, if it is one. Its address passes a move that the compiler cannot see through:
+    /// else it asks for the number again later, which the verifier of kernel 6.1 has forgotten by then
+    /// and so follows both ways with either row.
+    #[inline(always)]
+    fn endpoint(&self) -> Option<&'static Endpoint> {
+        let mut row = match self {
+            Self::Endpoint(row) => core::ptr::from_ref::<Endpoint>(row),
+            _ => core::ptr::null(),
+        };
+        // SAFETY: a move of a register to itself; the address is that of a row, or null.
+        unsafe {
+            core::arch::asm!("{0} = {0}", inout(reg) row, options(nomem, nostack, preserves_flags));
+            row.as_ref()
+        }
+    }
+
     /// Policy set that judges what goes there.
     #[inline(always)]
     pub fn ingress_set(&self) -> u32 {
@@ -77,10 +93,11 @@ pub fn deliver<F: Family>(
     packet: &Packet<F::Address>,
     hop: Hop,
 ) -> Result<Verdict, DropReason> {
-    let mtu = match hop {
-        Hop::Endpoint(row) => row.mtu,
-        Hop::Neighbour(row) => u32::from(row.mtu),
-        Hop::Stack => return to_stack::<F>(ctx, packet),
+    let endpoint = hop.endpoint();
+    let mtu = match (endpoint, hop) {
+        (Some(row), _) => row.mtu,
+        (None, Hop::Neighbour(row)) => u32::from(row.mtu),
+        _ => return to_stack::<F>(ctx, packet),
     };
     if packet.wire_length(ctx) > mtu {
         if packet.dont_fragment == 0 {
@@ -97,20 +114,22 @@ pub fn deliver<F: Family>(
         packet.rewrite.write::<F>(ctx, packet)?;
     }
     F::decrement_ttl(ctx)?;
-    if let Hop::Endpoint(row) = hop {
+    if let Some(row) = endpoint {
         write_macs(ctx, row)?;
     }
     if rewrite {
         packet.rewrite.fix_checksum::<F>(ctx, packet)?;
     }
-    Ok(match hop {
-        // SAFETY: no preconditions; a device that is gone makes the helper drop the packet.
-        Hop::Endpoint(row) => Verdict::local(unsafe { bpf_redirect_peer(row.ifindex, 0) } as i32),
-        Hop::Neighbour(row) => {
+    Ok(match (endpoint, hop) {
+        (Some(row), _) => {
+            // SAFETY: no preconditions; a device that is gone makes the helper drop the packet.
+            Verdict::local(unsafe { bpf_redirect_peer(row.ifindex, 0) } as i32)
+        }
+        (None, Hop::Neighbour(row)) => {
             ctx.set_mark(access::mark(ctx) | mark::DONE << switches::mark_shift());
             Verdict::remote(redirect_to_neighbour(row))
         }
-        Hop::Stack => Verdict::STACK,
+        _ => Verdict::STACK,
     })
 }
 
