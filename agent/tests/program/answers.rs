@@ -75,7 +75,7 @@ fn what_is_too_big_is_told_so() {
                 );
             }
             let packet = bed.leaving(CLIENT, address, udp(4000, 53));
-            let seen = bed.from_pod(CLIENT, &sized(bed, packet, mtu));
+            let seen = bed.pod_sends(CLIENT, &sized(bed, packet, mtu));
             assert!(
                 matches!(seen.verdict, Verdict::Local | Verdict::Remote),
                 "{seen:?}"
@@ -111,7 +111,7 @@ fn a_reply_that_is_too_big_quotes_what_its_sender_sent() {
     for_both_families(|bed| {
         bed.service(1, Protocol::Udp, 53, &[(bed.remote_pod(9), 5353)]);
         let question = bed.leaving(CLIENT, bed.cluster_ip(1), udp(4000, 53));
-        assert_eq!(bed.from_pod(CLIENT, &question).verdict, Verdict::Remote);
+        assert_eq!(bed.pod_sends(CLIENT, &question).verdict, Verdict::Remote);
         let reply = bed.incoming(bed.remote_pod(9), bed.pod(CLIENT), udp(5353, 4000));
         let reply = sized(bed, reply, POD_MTU + 20);
         let answer = too_big(bed, &reply, POD_MTU);

@@ -264,7 +264,7 @@ impl Bed {
     }
 
     /// A packet as the host's stack sends it to a pod.
-    pub fn from_host(&self, source: IpAddr, pod: u32, l4: L4) -> Packet {
+    pub fn host_sends(&self, source: IpAddr, pod: u32, l4: L4) -> Packet {
         Packet::new(delivered_macs(pod), source, self.pod(pod), l4)
     }
 
@@ -396,12 +396,12 @@ impl Bed {
     }
 
     /// What leaves a pod.
-    pub fn from_pod(&mut self, pod: u32, packet: &Packet) -> Seen {
+    pub fn pod_sends(&mut self, pod: u32, packet: &Packet) -> Seen {
         self.run_with(Hook::FromPod, &packet.frame(), on(device(pod)))
     }
 
     /// What comes in by the node's device.
-    pub fn from_netdev(&mut self, packet: &Packet) -> Seen {
+    pub fn wire_brings(&mut self, packet: &Packet) -> Seen {
         self.run_with(Hook::FromNetdev, &packet.frame(), on(ETH0))
     }
 

@@ -48,7 +48,7 @@ fn request(
     };
     bed.service(index, protocol, 80, &[(backend, 8080)]);
     let original = bed.leaving(CLIENT, bed.cluster_ip(index), l4.clone());
-    assert_eq!(bed.from_pod(CLIENT, &original).verdict, verdict);
+    assert_eq!(bed.pod_sends(CLIENT, &original).verdict, verdict);
     let translated = original
         .clone()
         .to(backend)
@@ -126,9 +126,9 @@ fn from_an_endpoint_that_is_this_node() {
             let (original, mut translated) = request(bed, index, &l4, backend, Verdict::Stack);
             translated.ttl = original.ttl;
             let quote = error(bed.is_v4(), translated.datagram());
-            let packet = bed.from_host(backend, CLIENT, quote);
+            let packet = bed.host_sends(backend, CLIENT, quote);
             let back = error(bed.is_v4(), put_back(&original, &translated));
-            let out = bed.from_host(bed.cluster_ip(index), CLIENT, back);
+            let out = bed.host_sends(bed.cluster_ip(index), CLIENT, back);
             bed.check(Case::to_pod(name, CLIENT, &packet, Verdict::Stack).out(&out));
         }
     });

@@ -103,7 +103,7 @@ fn one_lookup_of_the_destination_at_most() {
                     .lookups(DESTINATION),
                 );
             }
-            let packet = bed.from_host(bed.node(), CLIENT, l4.clone());
+            let packet = bed.host_sends(bed.node(), CLIENT, l4.clone());
             bed.check(
                 Case::to_pod(
                     &format!("{kind}: from the node"),
@@ -125,7 +125,7 @@ fn untranslated_connections_make_no_entry() {
             bed.leaving(CLIENT, bed.remote_pod(9), udp(40000, 80)),
             bed.leaving(CLIENT, bed.node(), udp(40000, 80)),
         ] {
-            let seen = bed.from_pod(CLIENT, &packet);
+            let seen = bed.pod_sends(CLIENT, &packet);
             assert!(seen.flow_counters.is_empty(), "{seen:?}");
         }
         assert_eq!(bed.flows().len(), 0);
@@ -200,7 +200,7 @@ fn a_pod_is_found_by_its_device_where_the_frame_does_not_name_it() {
                     ..NONE
                 }),
         );
-        // Right for another pod, on this one's device.
+        // The number of another pod, on this one's device.
         let packet = bed.leaving(SERVER, bed.pod(CLIENT), udp(1, 2));
         bed.check(
             Case::new(
@@ -208,13 +208,11 @@ fn a_pod_is_found_by_its_device_where_the_frame_does_not_name_it() {
                 Hook::FromPod,
                 device(CLIENT),
                 packet.frame(),
-                Verdict::Dropped(DropReason::InvalidSource),
+                Verdict::Dropped(DropReason::InvalidSourceMac),
             )
-            .lookups(Lookups {
-                by_ifindex: 1,
-                ..NONE
-            }),
+            .lookups(NONE),
         );
+        let packet = packet.with_macs(crate::bed::wire_macs());
         bed.check(Case::new(
             "a device without a pod",
             Hook::FromPod,

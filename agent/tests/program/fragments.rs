@@ -97,7 +97,7 @@ fn all_pieces_go_the_way_of_the_first() {
                 Verdict::Local => (bed.leaving(SERVER, bed.pod(CLIENT), l4), |name, packet| {
                     Case::from_pod(name, SERVER, packet, Verdict::Local)
                 }),
-                _ => (bed.from_host(bed.node(), CLIENT, l4), |name, packet| {
+                _ => (bed.host_sends(bed.node(), CLIENT, l4), |name, packet| {
                     Case::to_pod(name, CLIENT, packet, Verdict::Stack)
                 }),
             };
@@ -165,12 +165,12 @@ fn a_piece_without_its_first_is_dropped_where_the_ports_matter() {
                     .out(&forwarded(&packet, OTHER)),
             );
             let packet = bed.leaving(CLIENT, bed.cluster_ip(1), udp(40000, 80));
-            assert_eq!(bed.from_pod(CLIENT, &packet).verdict, Verdict::Remote);
+            assert_eq!(bed.pod_sends(CLIENT, &packet).verdict, Verdict::Remote);
         }
         // It might belong to a reply that is to be translated back.
         let packet = later(bed.incoming(bed.remote_pod(9), bed.pod(CLIENT), udp(1, 2)));
         bed.check(Case::from_netdev("perhaps a reply", &packet, UNKNOWN));
-        let packet = later(bed.from_host(bed.node(), CLIENT, udp(1, 2)));
+        let packet = later(bed.host_sends(bed.node(), CLIENT, udp(1, 2)));
         bed.check(Case::to_pod(
             "perhaps a reply of the node",
             CLIENT,
@@ -191,7 +191,7 @@ fn datagrams_are_told_apart() {
         let one = pieces(&request(bed, 1), 1, 3000);
         let two = pieces(&request(bed, 2), 1, 3000);
         let other = pieces(&request(bed, 1), 2, 3000);
-        assert_eq!(bed.from_pod(CLIENT, &one[0]).verdict, Verdict::Remote);
+        assert_eq!(bed.pod_sends(CLIENT, &one[0]).verdict, Verdict::Remote);
         bed.check(Case::from_pod(
             "another destination",
             CLIENT,

@@ -169,7 +169,7 @@ fn connections_whose_ports_changed_leave_nothing_either() {
         for port in 1..=5 * CONNECTIONS as u16 {
             for index in [1, 2] {
                 let packet = bed.leaving(CLIENT, bed.cluster_ip(index), udp(port, 80));
-                let seen = bed.from_pod(CLIENT, &packet);
+                let seen = bed.pod_sends(CLIENT, &packet);
                 assert_eq!(seen.verdict, Verdict::Remote, "{port}");
             }
         }

@@ -55,7 +55,7 @@ fn udp_moves_at_its_next_packet() {
         reaches(bed, "next", question(), 1);
         set(bed, Protocol::Udp, &[2]);
         let packet = request(bed, question());
-        let seen = bed.from_pod(CLIENT, &packet);
+        let seen = bed.pod_sends(CLIENT, &packet);
         assert_eq!(seen.output.frame, at(bed, 2, question()).frame());
         assert_eq!(seen.flow_counter(outcome::FLOW_STALE), 1);
         reaches(bed, "after the change", question(), 2);
@@ -120,14 +120,14 @@ fn a_port_that_is_used_again_meets_a_live_endpoint() {
             reaches(bed, "the last acknowledgement", MORE(), 1);
             set(bed, Protocol::Tcp, &[2]);
             let packet = request(bed, NEW());
-            let seen = bed.from_pod(CLIENT, &packet);
+            let seen = bed.pod_sends(CLIENT, &packet);
             assert_eq!(seen.output.frame, at(bed, 2, NEW()).frame(), "{name}");
             assert_eq!(seen.flow_counter(outcome::FLOW_STALE), 1, "{name}");
             assert_eq!(bed.flows().len(), 2, "{name}");
             // Closed and opened again while nothing has changed.
             reaches(bed, name, end(), 2);
             let packet = request(bed, NEW());
-            let seen = bed.from_pod(CLIENT, &packet);
+            let seen = bed.pod_sends(CLIENT, &packet);
             assert_eq!(seen.output.frame, at(bed, 2, NEW()).frame(), "{name}");
             assert_eq!(seen.flow_counter(outcome::FLOW_CREATED), 1, "{name}");
             reaches(bed, name, end(), 2);
@@ -152,14 +152,14 @@ fn the_number_of_an_endpoint_is_given_to_another_pod() {
     for_both_families(|bed| {
         bed.service(1, Protocol::Tcp, 80, &[(bed.pod(SERVER), 8080)]);
         let packet = request(bed, NEW());
-        assert_eq!(bed.from_pod(CLIENT, &packet).verdict, Verdict::Local);
+        assert_eq!(bed.pod_sends(CLIENT, &packet).verdict, Verdict::Local);
 
         // The server goes, its number is another's: no packet of the connection reaches that one.
         let gone = bed.pod(SERVER);
         bed.datapath.remove_endpoint(SERVER).unwrap();
         bed.add_pod(SERVER, 8);
         let packet = request(bed, MORE());
-        let seen = bed.from_pod(CLIENT, &packet);
+        let seen = bed.pod_sends(CLIENT, &packet);
         assert_eq!(seen.verdict, Verdict::Stack);
         assert_eq!(seen.flow_counter(outcome::FLOW_STALE), 1);
         let out = packet.clone().to(gone).destination_port(8080);
@@ -181,7 +181,7 @@ fn the_number_of_a_client_is_given_to_another_pod() {
         bed.service(2, Protocol::Tcp, 80, &[(bed.remote_pod(9), 8080)]);
         for index in [1, 2] {
             let packet = bed.leaving(CLIENT, bed.cluster_ip(index), NEW());
-            bed.from_pod(CLIENT, &packet);
+            bed.pod_sends(CLIENT, &packet);
         }
         bed.datapath.remove_endpoint(CLIENT).unwrap();
         bed.add_pod(CLIENT, 8);
@@ -244,7 +244,7 @@ fn a_way_that_changes_takes_its_connections_along() {
 fn pods_that_are_gone_are_sent_nothing() {
     for_both_families(|bed| {
         let packet = bed.leaving(CLIENT, bed.pod(OTHER), udp(1, 2));
-        assert_eq!(bed.from_pod(CLIENT, &packet).verdict, Verdict::Local);
+        assert_eq!(bed.pod_sends(CLIENT, &packet).verdict, Verdict::Local);
         bed.datapath.remove_endpoint(OTHER).unwrap();
         bed.check(Case::from_pod(
             "from a pod",
@@ -253,7 +253,7 @@ fn pods_that_are_gone_are_sent_nothing() {
             Verdict::Stack,
         ));
         let packet = bed.leaving(OTHER, bed.pod(CLIENT), udp(1, 2));
-        let verdict = Verdict::Dropped(DropReason::StaleEndpoint);
+        let verdict = Verdict::Dropped(DropReason::InvalidSourceMac);
         bed.check(Case::from_pod("from itself", OTHER, &packet, verdict));
     });
 }

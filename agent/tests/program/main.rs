@@ -2,6 +2,7 @@
 //! packets through `BPF_PROG_TEST_RUN`: what goes in, the verdict, the bytes that come out with every
 //! checksum, what was counted, and how many tables were asked. Needs root. Every test has a BPF
 //! file system and a network namespace of its own.
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod answers;
 mod bed;

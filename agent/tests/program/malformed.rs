@@ -110,7 +110,7 @@ fn samples(bed: &mut Bed) -> Vec<Sample> {
             name: "to a pod with connections",
             hook: Hook::ToPod,
             ifindex: device(CLIENT),
-            frame: bed.from_host(bed.node(), CLIENT, tcp(1, 2, ACK)).frame(),
+            frame: bed.host_sends(bed.node(), CLIENT, tcp(1, 2, ACK)).frame(),
         },
     ];
     // Connections, and the ports of the fragments.
@@ -290,7 +290,7 @@ fn l4_sum(frame: &[u8], reading: &Reading) -> u16 {
 
 /// Zero has two forms in one's complement.
 fn same_sum(a: u16, b: u16) -> bool {
-    a == b || (a % 0xffff == 0 && b % 0xffff == 0)
+    a == b || (a.is_multiple_of(0xffff) && b.is_multiple_of(0xffff))
 }
 
 /// The frame without its Ethernet addresses and the checksum of its IPv4 header.

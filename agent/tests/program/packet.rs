@@ -246,9 +246,9 @@ impl Packet {
                 bytes.extend(((header + l4.len()) as u16).to_be_bytes());
                 let fragment = self.fragment.unwrap_or(NO_FRAGMENT);
                 bytes.extend(fragment.identification.to_be_bytes());
-                let place = fragment.offset / 8
-                    | u16::from(fragment.more) << 13
-                    | u16::from(self.dont_fragment && self.fragment.is_none()) << 14;
+                let place = (fragment.offset / 8)
+                    | (u16::from(fragment.more) << 13)
+                    | (u16::from(self.dont_fragment && self.fragment.is_none()) << 14);
                 bytes.extend(place.to_be_bytes());
                 bytes.extend([self.ttl, protocol, 0, 0]);
                 bytes.extend(source.octets());
@@ -273,7 +273,7 @@ impl Packet {
                     body.extend(content);
                 }
                 body.extend(l4);
-                let flow = u32::from(self.tos) << 20 | 6 << 28 | self.flow_label;
+                let flow = (u32::from(self.tos) << 20) | (6 << 28) | self.flow_label;
                 let mut bytes = flow.to_be_bytes().to_vec();
                 bytes.extend((body.len() as u16).to_be_bytes());
                 bytes.extend([chain.first().map_or(protocol, |(kind, _)| *kind), self.ttl]);
@@ -366,7 +366,7 @@ pub fn checksum(parts: &[&[u8]]) -> [u8; 2] {
 pub fn sum(parts: &[&[u8]]) -> u16 {
     let mut sum = 0u64;
     for word in parts.iter().flat_map(|part| part.chunks(2)) {
-        sum += u64::from(word[0]) << 8 | word.get(1).map_or(0, |b| u64::from(*b));
+        sum += (u64::from(word[0]) << 8) | word.get(1).map_or(0, |b| u64::from(*b));
     }
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);

@@ -50,16 +50,9 @@ enum Place {
     ThisNode,
 }
 
-fn forward(
-    bed: &mut Bed,
-    name: &str,
-    place: &Place,
-    backend: IpAddr,
-    port: u16,
-    out: &Packet,
-) -> (Packet, Verdict) {
-    let _ = (bed, name);
-    let out = out.clone().to(backend).destination_port(port);
+/// The request as it comes out, and its verdict.
+fn forward(place: &Place, backend: IpAddr, port: u16, request: &Packet) -> (Packet, Verdict) {
+    let out = request.clone().to(backend).destination_port(port);
     match place {
         Place::Here => (
             out.forwarded().with_macs(delivered_macs(SERVER)),
@@ -92,7 +85,7 @@ fn connections_go_there_and_back_with_one_lookup() {
                     // Another client port for each, as they share backends.
                     let own_port = 40000 + index as u16;
                     let request = request.source_port(own_port);
-                    let (out, verdict) = forward(bed, &name, &place, backend, port, &request);
+                    let (out, verdict) = forward(&place, backend, port, &request);
                     // In IPv6 nothing makes up for addresses in a packet whose checksum does not
                     // cover them; SCTP never asks for the device's sum.
                     let kept = kind != "SCTP" || bed.is_v4();
@@ -110,7 +103,7 @@ fn connections_go_there_and_back_with_one_lookup() {
                     );
 
                     let request = bed.leaving(CLIENT, vip, there).source_port(own_port);
-                    let (out, verdict) = forward(bed, &name, &place, backend, port, &request);
+                    let (out, verdict) = forward(&place, backend, port, &request);
                     let case = case(&format!("{name}: next"), &request, verdict, &out);
                     let seen = bed.check(case.lookups(ESTABLISHED));
                     assert!(seen.flow_counters.is_empty(), "{name}: {seen:?}");
@@ -125,7 +118,7 @@ fn connections_go_there_and_back_with_one_lookup() {
                             |name, packet| Case::from_netdev(name, packet, Verdict::Local),
                         ),
                         Place::ThisNode => {
-                            (bed.from_host(backend, CLIENT, back), |name, packet| {
+                            (bed.host_sends(backend, CLIENT, back), |name, packet| {
                                 Case::to_pod(name, CLIENT, packet, Verdict::Stack)
                             })
                         }
@@ -304,7 +297,7 @@ fn two_frontends_of_one_endpoint_and_one_client_port() {
             let mut ports = Vec::new();
             for index in [first, second] {
                 let request = bed.leaving(CLIENT, bed.cluster_ip(index), l4.clone());
-                let seen = bed.from_pod(CLIENT, &request);
+                let seen = bed.pod_sends(CLIENT, &request);
                 assert_eq!(seen.verdict, Verdict::Remote);
                 let changed = u64::from(index == second);
                 assert_eq!(seen.flow_counter(outcome::FLOW_PORT_CHANGED), changed);
@@ -358,7 +351,7 @@ fn the_direct_way_to_an_endpoint_stays_beside_the_service() {
     for_both_families(|bed| {
         bed.service(1, Protocol::Tcp, 80, &[(bed.pod(SERVER), 8080)]);
         let request = bed.leaving(CLIENT, bed.cluster_ip(1), tcp(40000, 80, SYN));
-        assert_eq!(bed.from_pod(CLIENT, &request).verdict, Verdict::Local);
+        assert_eq!(bed.pod_sends(CLIENT, &request).verdict, Verdict::Local);
         // Both pods have entries now, of which these packets are none.
         for (name, from, to, l4) in [
             ("there", CLIENT, SERVER, tcp(40001, 8080, SYN)),
@@ -390,7 +383,7 @@ fn the_direct_way_to_an_endpoint_stays_beside_the_service() {
                     ..Lookups::default()
                 }),
         );
-        let packet = bed.from_host(bed.node(), CLIENT, tcp(8080, 40000, ACK));
+        let packet = bed.host_sends(bed.node(), CLIENT, tcp(8080, 40000, ACK));
         bed.check(
             Case::to_pod("the node's own", CLIENT, &packet, Verdict::Stack).lookups(ESTABLISHED),
         );
@@ -402,7 +395,7 @@ fn an_entry_is_valid_on_its_device_only() {
     for_both_families(|bed| {
         bed.service(1, Protocol::Tcp, 80, &[(bed.pod(SERVER), 8080)]);
         let request = bed.leaving(CLIENT, bed.cluster_ip(1), tcp(40000, 80, SYN));
-        assert_eq!(bed.from_pod(CLIENT, &request).verdict, Verdict::Local);
+        assert_eq!(bed.pod_sends(CLIENT, &request).verdict, Verdict::Local);
         // Another pod sends in the client's and in the server's name.
         for packet in [
             bed.leaving(CLIENT, bed.cluster_ip(1), tcp(40000, 80, ACK)),
@@ -447,10 +440,10 @@ fn the_number_of_services_makes_no_difference() {
             let other = bed.incoming(bed.outside(), bed.pod(CLIENT), tcp(8080, port, ACK));
             let mut lookups = Vec::new();
             for packet in [&request, &request, &direct] {
-                lookups.push(bed.from_pod(CLIENT, packet).lookups);
+                lookups.push(bed.pod_sends(CLIENT, packet).lookups);
             }
             for packet in [&reply, &other] {
-                lookups.push(bed.from_netdev(packet).lookups);
+                lookups.push(bed.wire_brings(packet).lookups);
             }
             // The very first connection of a pod does not ask for itself.
             lookups[0].flow = 0;
@@ -491,7 +484,7 @@ fn errors_about_nothing_known_pass_as_they_are() {
     for_both_families(|bed| {
         bed.service(1, Protocol::Tcp, 80, &[(bed.remote_pod(9), 8080)]);
         let request = bed.leaving(CLIENT, bed.cluster_ip(1), tcp(40000, 80, SYN));
-        assert_eq!(bed.from_pod(CLIENT, &request).verdict, Verdict::Remote);
+        assert_eq!(bed.pod_sends(CLIENT, &request).verdict, Verdict::Remote);
         let about = bed.leaving(CLIENT, bed.outside(), tcp(40000, 8080, ACK));
         let l4 = L4::Icmp(Icmp {
             kind: if bed.is_v4() { 3 } else { 1 },

@@ -88,7 +88,7 @@ fn nor_once_the_pod_has_connections() {
             &[(bed.remote_pod(9), 8080)],
         );
         let packet = bed.leaving(CLIENT, bed.cluster_ip(1), tcp(40000, 80, SYN));
-        assert_eq!(bed.from_pod(CLIENT, &packet).verdict, Verdict::Remote);
+        assert_eq!(bed.pod_sends(CLIENT, &packet).verdict, Verdict::Remote);
         for source in [bed.pod(OTHER), bed.node(), bed.cluster_ip(1)] {
             let packet = bed.incoming(source, bed.pod(CLIENT), tcp(80, 40000, ACK));
             bed.check(Case::from_netdev("known tuple", &packet, SPOOFED));
