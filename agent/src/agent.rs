@@ -40,6 +40,7 @@ pub mod names;
 pub mod rows;
 pub mod start;
 mod status;
+pub mod verify;
 mod wiring;
 
 use names::{Clock, Names};

@@ -21,12 +21,18 @@ use weir_agent::{
         Agent,
         cleanup::cleanup,
         start::{check_machine, make_directories},
+        verify,
     },
     api,
     lock::AgentLock,
     logging,
     settings::{CONFIG_FLAG, CONFIG_VARIABLE, Settings, Values, definitions},
 };
+
+/// The subcommand that loads the programs and nothing else.
+const VERIFY: &str = "verify";
+/// Its option.
+const OUTPUT: &str = "output";
 
 /// How long calls under way may take after the signal to stop.
 const GRACE: Duration = Duration::from_secs(1);
@@ -87,6 +93,22 @@ fn arguments() -> Command {
             "Removes Weir from this node: programs, pins, routes, changed sysctls and the state in \
              the run directory. Pods that still run lose their network",
         ))
+        .subcommand(
+            Command::new(VERIFY)
+                .about(
+                    "Loads every kernel program, lets go of it again, and shows what it costs the \
+                     verifier; changes nothing and needs no settings",
+                )
+                .arg(
+                    Arg::new(OUTPUT)
+                        .long(OUTPUT)
+                        .short('o')
+                        .value_name("FORMAT")
+                        .value_parser(["table", "json"])
+                        .default_value("table")
+                        .help("How the result is shown"),
+                ),
+        )
 }
 
 fn run(matches: &ArgMatches) -> anyhow::Result<()> {
@@ -94,6 +116,13 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
         Some((command, matches)) => (Some(command), matches),
         None => (None, matches),
     };
+    if command == Some(VERIFY) {
+        let format = match matches.get_one::<String>(OUTPUT).map(String::as_str) {
+            Some("json") => verify::Format::Json,
+            _ => verify::Format::Table,
+        };
+        return print(&verify::run(format)?);
+    }
     let flag = |name: &str| matches.get_one::<String>(name).cloned();
     let mut values = Values::gather(flag, |name| env::var(name).ok())?;
     if command == Some("cleanup") {
@@ -105,19 +134,20 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
         .build()
         .context("cannot start the event loop")?;
     match command {
-        Some("settings") => {
-            let written = io::stdout().write_all(values.table(&settings).as_bytes());
-            match written {
-                // `weir-agent settings | head` is no error.
-                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
-                _ => Ok(()),
-            }
-        }
+        Some("settings") => print(&values.table(&settings)),
         Some("cleanup") => runtime.block_on(clean(&settings)),
         _ => {
             logging::initialise(&settings.log, settings.log_format)?;
             LocalSet::new().block_on(&runtime, serve(settings))
         }
+    }
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        // `weir-agent settings | head` is no error.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
     }
 }
 

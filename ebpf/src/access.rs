@@ -37,6 +37,19 @@ pub unsafe fn at<T>(ctx: &TcContext, offset: u32) -> Option<*mut T> {
     }
 }
 
+/// A number of which the compiler must forget what it knows, so that it writes the check of its
+/// bounds where it is used. The verifier of kernel 6.1 follows some paths that cannot be, with
+/// bounds that contradict each other, and needs to see the check there.
+#[inline(always)]
+pub fn forget_bounds(number: u32) -> u32 {
+    let mut number = u64::from(number);
+    // SAFETY: a move of a register to itself.
+    unsafe {
+        core::arch::asm!("{0} = {0}", inout(reg) number, options(nomem, nostack, preserves_flags));
+    }
+    number as u32
+}
+
 /// Makes the first `length` bytes readable in place. No-op where they are.
 ///
 /// Returns whether they are (a packet shorter than `length` is readable to its end).

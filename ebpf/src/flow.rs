@@ -7,9 +7,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use weir_common::{
-    DropReason,
-    address::Address,
-    config,
+    DropReason, config,
     flow::{self, ConnectionState, FlowEntry, FlowKey, flag},
     limits::NAT_PORT_PROBES,
     lookup::Lookup,

@@ -195,6 +195,15 @@ fn build_v4(ctx: &TcContext, source: &Ipv4, kind: u8, code: u8, rest: u32) -> u3
     finish(ctx, HEADER, quote, None)
 }
 
+/// The IPv6 header of an error, as words.
+#[repr(C)]
+struct HeaderV6 {
+    version_and_flow: u32,
+    length_next_hops: u32,
+    source: Ipv6,
+    destination: Ipv6,
+}
+
 /// The same for IPv6.
 #[inline(never)]
 fn build_v6(ctx: &TcContext, source: &Ipv6, kind: u8, code: u8, rest: u32) -> u32 {
@@ -209,13 +218,23 @@ fn build_v6(ctx: &TcContext, source: &Ipv6, kind: u8, code: u8, rest: u32) -> u3
     };
     let length = ICMP + quote;
     // SAFETY: plain bytes.
-    let Some(place) = (unsafe { access::at::<(u32, u32, Ipv6, Ipv6)>(ctx, ETHERNET) }) else {
+    let Some(place) = (unsafe { access::at::<HeaderV6>(ctx, ETHERNET) }) else {
         return 3;
     };
-    let version = u32::from_ne_bytes([0x60, 0, 0, 0]);
-    let second = u32::from_ne_bytes([(length >> 8) as u8, length as u8, protocol::ICMPV6, 64]);
     // SAFETY: checked by `at`.
-    unsafe { *place = (version, second, source, destination) };
+    unsafe {
+        *place = HeaderV6 {
+            version_and_flow: u32::from_ne_bytes([0x60, 0, 0, 0]),
+            length_next_hops: u32::from_ne_bytes([
+                (length >> 8) as u8,
+                length as u8,
+                protocol::ICMPV6,
+                64,
+            ]),
+            source,
+            destination,
+        };
+    }
     write_icmp(ctx, HEADER, [kind, code], rest);
     finish(ctx, HEADER, quote, Some((&source, &destination)))
 }
@@ -319,16 +338,6 @@ fn finish(ctx: &TcContext, header: u32, quote: u32, pseudo: Option<(&Ipv6, &Ipv6
         }
     }
     0
-}
-
-/// The tuple of the packet that an ICMP error quotes, turned round.
-#[repr(C)]
-struct Quoted<A> {
-    key: FlowKey<A>,
-    /// Offset of the quoted network header.
-    l3_offset: u32,
-    /// Offset of the quoted ports.
-    l4_offset: u32,
 }
 
 /// Translates an ICMP error about a packet that was translated here, and gives the number of the
@@ -474,7 +483,8 @@ fn read_quoted<F: Family>(
         (40, 8, 6)
     };
     let l4_offset = l3_offset + header;
-    if !access::make_readable(ctx, l4_offset + 8) {
+    // What stands behind the end of the error is no quote.
+    if l4_offset + 8 > ETHERNET + packet.l3_length || !access::make_readable(ctx, l4_offset + 8) {
         return None;
     }
     work.l3_offset = l3_offset;

@@ -165,7 +165,7 @@ impl<A: Address> Packet<A> {
         // packet beyond 64 KiB is zero.
         let whole = self.fragment == fragment::WHOLE;
         let jumbo = length == 0 && access::gso_size(ctx) != 0;
-        if !jumbo && (length < 8 || (whole && length > l4_length)) {
+        if l4_length < 8 || (!jumbo && (length < 8 || (whole && length > l4_length))) {
             return Err(DropReason::Malformed);
         }
         self.key.source_port = header.source;
@@ -243,14 +243,10 @@ pub mod icmp_type {
     pub const TIME_EXCEEDED: u8 = 11;
     /// Parameter problem.
     pub const PARAMETER_PROBLEM: u8 = 12;
-    /// ICMPv6: destination unreachable; up to [`V6_PARAMETER_PROBLEM`] all errors.
-    pub const V6_UNREACHABLE: u8 = 1;
     /// ICMPv6: packet too big.
     pub const V6_TOO_BIG: u8 = 2;
     /// ICMPv6: time exceeded.
     pub const V6_TIME_EXCEEDED: u8 = 3;
-    /// ICMPv6: parameter problem.
-    pub const V6_PARAMETER_PROBLEM: u8 = 4;
     /// ICMPv6: echo request.
     pub const V6_ECHO_REQUEST: u8 = 128;
     /// ICMPv6: echo reply.

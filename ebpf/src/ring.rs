@@ -155,7 +155,8 @@ fn next_place<F: Family>() -> u32 {
     if config.connections == 0 {
         return NO_PLACE;
     }
-    // Relaxed would do, but LLVM then takes the add that returns nothing (and gives the operand).
+    // Not relaxed: LLVM's BPF back end then takes the instruction that does not fetch, and the hand
+    // would seem to stand still.
     // SAFETY: an aligned word of an array that lives as long as the program; every processor
     // changes it by this instruction only.
     let hand =

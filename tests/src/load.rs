@@ -22,6 +22,10 @@ const FAILURES_KEPT: usize = 10;
 /// Bytes of one echo of a long connection.
 const ECHO: usize = 16_384;
 
+/// Pause of a thread after each success. The agents share the processors with the load: what is tested is whether
+/// anything breaks, not how much fits.
+const PACE: Duration = Duration::from_millis(1);
+
 /// Threads that make traffic until they are stopped.
 #[derive(Debug, Default)]
 pub struct Load {
@@ -172,6 +176,7 @@ impl Shared {
         match result {
             Ok(()) => {
                 self.successes.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(PACE);
             }
             Err(error) => {
                 self.failures.fetch_add(1, Ordering::Relaxed);

@@ -156,8 +156,11 @@ impl Node {
                 let _ = self.netns.ip(&format!("link del {device}"));
             }
         }
-        self.netns
-            .ip("route flush proto static\n-6 route flush proto static")
+        for family in ["-4", "-6"] {
+            self.netns
+                .tool("ip", &[family, "route", "flush", "proto", "157"])?;
+        }
+        Ok(())
     }
 
     pub(crate) fn host(&self, objects: &Objects) -> Host {

@@ -15,6 +15,11 @@ use crate::Node;
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Snapshot(BTreeMap<&'static str, BTreeSet<String>>);
 
+/// The kernel gives devices their link-local addresses in its own time.
+fn is_lasting(line: &String) -> bool {
+    !line.contains("fe80:")
+}
+
 impl Snapshot {
     /// Looks at a node whose agent runs.
     ///
@@ -39,7 +44,10 @@ impl Snapshot {
             let text = node.netns.tool("ip", arguments)?;
             all.insert(
                 what,
-                text.lines().map(|line| line.trim().to_owned()).collect(),
+                text.lines()
+                    .map(|line| line.trim().to_owned())
+                    .filter(is_lasting)
+                    .collect(),
             );
         }
         all.insert("files", files(&node.run_dir));

@@ -42,18 +42,9 @@ pub(super) fn load(object: &[u8], options: &DatapathOptions) -> Result<Loaded, D
     let shapes = object::shapes(object, options)?;
     let plan = layout::prepare(&maps, &shapes)?;
 
-    let csum_ipv6_flag = probe::csum_ipv6_flag().unwrap_or_else(|error| {
-        tracing::debug!(%error, "cannot tell whether bpf_l4_csum_replace takes BPF_F_IPV6");
-        0
-    });
-    let count_lookups = u8::from(options.count_lookups);
+    let globals = Globals::new(options);
     let mut loader = EbpfLoader::new();
-    loader
-        // The programs read no kernel structures.
-        .btf(None)
-        .override_global("MARK_SHIFT", &options.mark_shift, true)
-        .override_global("COUNT_LOOKUPS", &count_lookups, true)
-        .override_global("CSUM_IPV6_FLAG", &csum_ipv6_flag, true);
+    globals.set(&mut loader);
     for shape in &shapes {
         loader.map_pin_path(shape.name.as_str(), maps.join(&shape.name));
     }
@@ -66,9 +57,7 @@ pub(super) fn load(object: &[u8], options: &DatapathOptions) -> Result<Loaded, D
     let migrations = plan.carry_over(&maps)?;
 
     for name in HOOKS.map(Hook::name) {
-        program(&mut ebpf, name)?
-            .load()
-            .map_err(|error| refused(name, error))?;
+        load_program(&mut ebpf, name)?;
     }
     Ok(Loaded {
         ebpf,
@@ -122,6 +111,45 @@ impl Loaded {
         };
         open(data).map_err(|source| DatapathError::Map { name, source })
     }
+}
+
+/// What the read-only globals of the programs are set to.
+pub(super) struct Globals {
+    mark_shift: u32,
+    count_lookups: u8,
+    csum_ipv6_flag: u64,
+}
+
+impl Globals {
+    /// From the options and what the kernel can do.
+    pub fn new(options: &DatapathOptions) -> Self {
+        let csum_ipv6_flag = probe::csum_ipv6_flag().unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot tell whether bpf_l4_csum_replace takes BPF_F_IPV6");
+            0
+        });
+        Self {
+            mark_shift: options.mark_shift,
+            count_lookups: u8::from(options.count_lookups),
+            csum_ipv6_flag,
+        }
+    }
+
+    /// Tells the loader.
+    pub fn set<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
+        loader
+            // The programs read no kernel structures.
+            .btf(None)
+            .override_global("MARK_SHIFT", &self.mark_shift, true)
+            .override_global("COUNT_LOOKUPS", &self.count_lookups, true)
+            .override_global("CSUM_IPV6_FLAG", &self.csum_ipv6_flag, true);
+    }
+}
+
+/// Loads a program of the object.
+pub(super) fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
+    program(ebpf, name)?
+        .load()
+        .map_err(|error| refused(name, error))
 }
 
 /// A program of the object.

@@ -19,6 +19,7 @@ pub mod object;
 mod probe;
 pub mod sys;
 pub mod tables;
+pub mod verify;
 
 use std::{
     collections::BTreeSet,

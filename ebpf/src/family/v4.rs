@@ -145,7 +145,7 @@ impl Family for V4 {
             return Err(DropReason::Malformed);
         }
         packet.reset(header.source, header.destination, header.protocol, scope);
-        packet.l4_offset = ETHERNET + header_length;
+        packet.l4_offset = access::forget_bounds(ETHERNET + header_length);
         packet.l3_length = length;
         packet.ttl = header.ttl;
         let place = u16::from_be(header.fragment);

@@ -1,6 +1,6 @@
 //! IPv6 (RFC 8200).
 
-use aya_ebpf::{btf_maps::lpm_trie::Key, programs::TcContext};
+use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::bpf_csum_update, programs::TcContext};
 use weir_common::{
     DropReason, Ipv6,
     config::{Config, PodRange},
@@ -41,6 +41,10 @@ pub struct Header {
 
 /// Bytes of the fixed header.
 const HEADER: u32 = 40;
+
+/// Difference that a hop limit lower by one makes to the sum of the packet: `!1` in network byte
+/// order.
+const HOP_DIFFERENCE: u32 = u16::from_be(!1) as u32;
 
 /// Extension headers that are followed. RFC 8200 recommends each at most once, in an order that
 /// has seven.
@@ -174,6 +178,10 @@ impl Family for V6 {
         // SAFETY: as above.
         let header = unsafe { &mut *header(ctx)? };
         header.hop_limit -= 1;
+        // IPv6 has no header checksum that would make up for it in the sum that a device may have
+        // made of the packet. (Refused where there is no such sum, and that is all right.)
+        // SAFETY: the context is valid.
+        unsafe { bpf_csum_update(ctx.skb.skb, HOP_DIFFERENCE) };
         Ok(())
     }
 
@@ -242,9 +250,6 @@ fn walk(ctx: &TcContext, packet: &mut Packet<Ipv6>) -> u32 {
         if offset + 8 > end {
             return DropReason::Malformed as u32;
         }
-        if offset > OFFSET_MASK - 64 {
-            return DropReason::ExtensionHeaders as u32;
-        }
         let Ok(header) = ctx.load::<[u8; 8]>(offset as usize) else {
             return DropReason::Malformed as u32;
         };
@@ -255,6 +260,10 @@ fn walk(ctx: &TcContext, packet: &mut Packet<Ipv6>) -> u32 {
         };
         if offset + size > end {
             return DropReason::Malformed as u32;
+        }
+        // What comes next must be within reach, whatever it is.
+        if offset + size > OFFSET_MASK - 64 {
+            return DropReason::ExtensionHeaders as u32;
         }
         packet.l4_offset = offset + size;
         packet.key.protocol = header[0];

@@ -15,6 +15,16 @@ pub mod to_pod;
 const USUAL_HEADERS: u32 = 14 + 40 + 20;
 
 /// The Ethernet header.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Ethernet {
+    destination: MacAddress,
+    _source: MacAddress,
+    /// Network byte order.
+    ether_type: u16,
+}
+
+/// What of it matters.
 struct Frame {
     destination: MacAddress,
     kind: Kind,
@@ -35,11 +45,14 @@ fn read_frame(ctx: &TcContext) -> Result<Frame, DropReason> {
         return Err(DropReason::PullFailed);
     }
     // SAFETY: plain bytes.
-    let header = unsafe { access::at::<(MacAddress, MacAddress, u16)>(ctx, 0) }
-        .ok_or(DropReason::Malformed)?;
+    let header = unsafe { access::at::<Ethernet>(ctx, 0) }.ok_or(DropReason::Malformed)?;
     // SAFETY: checked by `at`.
-    let (destination, _, kind) = unsafe { *header };
-    let kind = match u16::from_be(kind) {
+    let Ethernet {
+        destination,
+        ether_type,
+        ..
+    } = unsafe { *header };
+    let kind = match u16::from_be(ether_type) {
         ether_type::IPV4 => Kind::V4,
         ether_type::IPV6 => Kind::V6,
         ether_type::ARP => Kind::Arp,

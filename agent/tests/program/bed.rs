@@ -1,0 +1,655 @@
+//! A node with three pods, another node and the outside, as far as the programs can see: devices
+//! in a network namespace, and maps filled by the agent's own code. And the table that tests are
+//! written as: packet in, verdict, packet out, lookups.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    process::Command,
+};
+
+use weir_agent::{
+    datapath::{AppliedService, Datapath, DatapathOptions, EndpointRow, Hop, HopRef, NodeConfig},
+    model::{BackendAddress, BackendState, Frontend, FrontendKind, ServicePort, ServicePortKey},
+    objects::{Family, ObjectName, Protocol},
+};
+use weir_common::{
+    DropReason, Ipv4, Ipv6, MacAddress,
+    address::Address,
+    config, endpoint,
+    flow::{FlowEntry, FlowKey},
+    ipcache::class,
+    mark,
+    metrics::{Hook, outcome},
+};
+
+use crate::{
+    packet::{L4, Macs, Packet},
+    run::{self, Input, Output},
+    support::{BpfFs, FAMILIES, backend},
+};
+
+/// The pods of this node. Each one's number is also the last byte of its addresses.
+pub const CLIENT: u32 = 5;
+pub const SERVER: u32 = 6;
+pub const OTHER: u32 = 7;
+/// The node's device.
+pub const ETH0: u32 = 90;
+/// MTU of the pods' devices.
+pub const POD_MTU: u32 = 1500;
+/// MTU of the way to the other node.
+pub const HOP_MTU: u32 = 1400;
+
+const TC_ACT_UNSPEC: i32 = -1;
+const TC_ACT_SHOT: i32 = 2;
+const TC_ACT_REDIRECT: i32 = 7;
+
+/// Interface index of a pod's device.
+pub fn device(pod: u32) -> u32 {
+    100 + pod
+}
+
+/// What became of a packet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Verdict {
+    Stack,
+    Local,
+    Remote,
+    Answered,
+    Dropped(DropReason),
+}
+
+/// Lookups of a packet, by table.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Lookups {
+    pub flow: u64,
+    pub ipcache: u64,
+    pub frontend: u64,
+    pub fragment: u64,
+    pub by_ifindex: u64,
+}
+
+/// A packet that has been through a program.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub verdict: Verdict,
+    pub output: Output,
+    /// Counters of the flow table that rose: outcome and by how much.
+    pub flow_counters: BTreeMap<u8, u64>,
+    pub lookups: Lookups,
+}
+
+impl Seen {
+    pub fn flow_counter(&self, outcome: u8) -> u64 {
+        self.flow_counters.get(&outcome).copied().unwrap_or(0)
+    }
+}
+
+pub struct Bed {
+    pub datapath: Datapath,
+    pub family: Family,
+    pub fs: BpfFs,
+    failures: Vec<String>,
+}
+
+/// Runs `test` for each family, each time in a network namespace that ends with it.
+pub fn with_beds(options: fn(&mut DatapathOptions), test: fn(&mut Bed)) {
+    for family in FAMILIES {
+        std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("unshare: needs root");
+            let mut bed = Bed::new(family, options);
+            test(&mut bed);
+            bed.end();
+        })
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    }
+}
+
+/// As [`with_beds`], with the usual options.
+pub fn for_both_families(test: fn(&mut Bed)) {
+    with_beds(|_| {}, test);
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip")
+        .args(arguments.split(' '))
+        .status()
+        .unwrap();
+    assert!(status.success(), "ip {arguments}");
+}
+
+impl Bed {
+    fn new(family: Family, change: fn(&mut DatapathOptions)) -> Self {
+        let fs = BpfFs::new();
+        ip(&format!(
+            "link add eth0 index {ETH0} type veth peer name wire"
+        ));
+        let mut options = fs.options();
+        options.count_lookups = true;
+        change(&mut options);
+        let mut datapath = Datapath::open(&options).unwrap();
+        datapath
+            .config_mut()
+            .apply(&NodeConfig {
+                pod_ranges: ["10.1.0.0/24", "fd01::/64"]
+                    .map(|r| r.parse().unwrap())
+                    .into(),
+                node_v4: Some(Ipv4Addr::new(192, 168, 7, 1)),
+                node_v6: Some("fd77::1".parse().unwrap()),
+                ..NodeConfig::default()
+            })
+            .unwrap();
+        let mut bed = Self {
+            datapath,
+            family,
+            fs,
+            failures: Vec::new(),
+        };
+        for pod in [CLIENT, SERVER, OTHER] {
+            ip(&format!(
+                "link add pod{pod} index {} type veth peer name in{pod}",
+                device(pod)
+            ));
+            bed.add_pod(pod, pod);
+        }
+        let prefixes = [bed.remote_pods(), bed.remote_node().into()];
+        bed.datapath
+            .set_hop(
+                "node2",
+                family,
+                &prefixes,
+                Some(Hop {
+                    ifindex: ETH0,
+                    gateway: bed.remote_node(),
+                    mtu: HOP_MTU,
+                }),
+            )
+            .unwrap();
+        let far = HopRef::Node("node2", family);
+        let own = bed.node().into();
+        for (prefix, kind, hop) in [
+            (prefixes[0], class::REMOTE_PODS, far),
+            (prefixes[1], class::REMOTE_NODE, far),
+            (own, class::THIS_NODE, HopRef::Host),
+        ] {
+            bed.datapath.set_ipcache(prefix, kind, hop).unwrap();
+        }
+        bed
+    }
+
+    /// Puts a pod with the addresses of `address` at the device of `number`.
+    pub fn add_pod(&mut self, number: u32, address: u32) {
+        self.datapath
+            .insert_endpoint(&EndpointRow {
+                number,
+                ipv4: Some(Ipv4Addr::new(10, 1, 0, address as u8)),
+                ipv6: Some(Ipv6Addr::from_bits(0xfd01 << 112 | u128::from(address))),
+                ifindex: device(number),
+                mtu: POD_MTU,
+                netns_cookie: u64::from(address),
+            })
+            .unwrap();
+    }
+
+    fn pick(&self, v4: [u8; 4], v6: &str) -> IpAddr {
+        match self.family {
+            Family::V4 => IpAddr::V4(v4.into()),
+            Family::V6 => v6.parse().unwrap(),
+        }
+    }
+
+    pub fn is_v4(&self) -> bool {
+        self.family == Family::V4
+    }
+
+    /// Address of a pod of this node.
+    pub fn pod(&self, number: u32) -> IpAddr {
+        self.pick([10, 1, 0, number as u8], &format!("fd01::{number:x}"))
+    }
+
+    /// Address of a pod of the other node.
+    pub fn remote_pod(&self, number: u32) -> IpAddr {
+        self.pick([10, 1, 1, number as u8], &format!("fd01:0:0:1::{number:x}"))
+    }
+
+    fn remote_pods(&self) -> ipnet::IpNet {
+        let range = match self.family {
+            Family::V4 => "10.1.1.0/24",
+            Family::V6 => "fd01:0:0:1::/64",
+        };
+        range.parse().unwrap()
+    }
+
+    pub fn node(&self) -> IpAddr {
+        self.pick([192, 168, 7, 1], "fd77::1")
+    }
+
+    pub fn remote_node(&self) -> IpAddr {
+        self.pick([192, 168, 7, 2], "fd77::2")
+    }
+
+    pub fn outside(&self) -> IpAddr {
+        self.pick([203, 0, 113, 9], "2001:db8::9")
+    }
+
+    pub fn cluster_ip(&self, number: u32) -> IpAddr {
+        self.pick([10, 96, 0, number as u8], &format!("fd96::{number:x}"))
+    }
+
+    /// Source of hairpin traffic.
+    pub fn loopback(&self) -> IpAddr {
+        self.pick(
+            config::LOOPBACK_V4.0,
+            &Ipv6Addr::from(config::LOOPBACK_V6).to_string(),
+        )
+    }
+
+    pub fn gateway(&self) -> IpAddr {
+        self.pick(
+            config::GATEWAY_V4.0,
+            &Ipv6Addr::from(config::GATEWAY_V6).to_string(),
+        )
+    }
+
+    /// A packet as it leaves a pod.
+    pub fn leaving(&self, pod: u32, destination: IpAddr, l4: L4) -> Packet {
+        Packet::new(leaving_macs(pod), self.pod(pod), destination, l4)
+    }
+
+    /// A packet as it comes in from the other node or the outside.
+    pub fn incoming(&self, source: IpAddr, destination: IpAddr, l4: L4) -> Packet {
+        Packet::new(wire_macs(), source, destination, l4)
+    }
+
+    /// A packet as the host's stack sends it to a pod.
+    pub fn from_host(&self, source: IpAddr, pod: u32, l4: L4) -> Packet {
+        Packet::new(delivered_macs(pod), source, self.pod(pod), l4)
+    }
+
+    /// Applies a Service with one port; `index` makes its address and its name.
+    pub fn service(
+        &mut self,
+        index: u32,
+        protocol: Protocol,
+        port: u16,
+        backends: &[(IpAddr, u16)],
+    ) -> AppliedService {
+        let address = self.cluster_ip(index);
+        self.service_at(index, &[address], protocol, port, backends)
+    }
+
+    /// A Service with several addresses.
+    pub fn service_at(
+        &mut self,
+        index: u32,
+        addresses: &[IpAddr],
+        protocol: Protocol,
+        port: u16,
+        backends: &[(IpAddr, u16)],
+    ) -> AppliedService {
+        let desired = ServicePort {
+            frontends: addresses
+                .iter()
+                .map(|address| Frontend {
+                    address: *address,
+                    port,
+                    kind: FrontendKind::ClusterIp,
+                })
+                .collect::<BTreeSet<_>>(),
+            backends: backends
+                .iter()
+                .map(|&(address, port)| {
+                    let address = BackendAddress { address, port };
+                    (address, backend(BackendState::Active))
+                })
+                .collect(),
+            unused: BTreeMap::new(),
+        };
+        let key = self.service_key(index, protocol, port);
+        self.datapath.apply_service(&key, Some(&desired)).unwrap()
+    }
+
+    pub fn service_key(&self, index: u32, protocol: Protocol, port: u16) -> ServicePortKey {
+        ServicePortKey {
+            service: ObjectName::new("test", format!("service-{index}")),
+            port_name: "main".into(),
+            protocol,
+            family: self.family,
+            port,
+        }
+    }
+
+    /// The flow table of the family, addresses in the shared form.
+    pub fn flows(&self) -> Vec<(FlowKey<Ipv6>, FlowEntry<Ipv6>)> {
+        match self.family {
+            Family::V4 => read_flows::<Ipv4>(&self.fs, "FLOWS_V4"),
+            Family::V6 => read_flows::<Ipv6>(&self.fs, "FLOWS_V6"),
+        }
+    }
+
+    /// Runs a program and nothing else.
+    pub fn run_raw(&mut self, hook: Hook, frame: &[u8], input: Input) -> std::io::Result<Output> {
+        let fd = self
+            .datapath
+            .program(hook)
+            .unwrap()
+            .fd()
+            .unwrap()
+            .as_fd()
+            .as_raw_fd();
+        // SAFETY: the program stays loaded as long as the bed.
+        run::run(unsafe { BorrowedFd::borrow_raw(fd) }, frame, input)
+    }
+
+    /// Runs a program on a device, and sees what was counted.
+    pub fn run_with(&mut self, hook: Hook, frame: &[u8], input: Input) -> Seen {
+        let before = self.counted();
+        let output = self.run_raw(hook, frame, input).unwrap();
+        let after = self.counted();
+        let mut verdicts = Vec::new();
+        let mut flow_counters = BTreeMap::new();
+        for ((at, outcome), packets) in after.0 {
+            let risen = packets - before.0.get(&(at, outcome)).copied().unwrap_or(0);
+            if risen == 0 || outcome == outcome::EVENT_LOST {
+                continue;
+            }
+            if (outcome::FLOW_CREATED..=outcome::FLOW_STALE).contains(&outcome) {
+                *flow_counters.entry(outcome).or_default() += risen;
+                continue;
+            }
+            assert_eq!((at, risen), (hook as u32, 1), "outcome {outcome}");
+            verdicts.push(match outcome {
+                outcome::STACK => Verdict::Stack,
+                outcome::LOCAL => Verdict::Local,
+                outcome::REMOTE => Verdict::Remote,
+                outcome::ANSWERED => Verdict::Answered,
+                reason => Verdict::Dropped(DropReason::from_number(reason)),
+            });
+        }
+        assert_eq!(
+            verdicts.len(),
+            1,
+            "every packet is counted once: {verdicts:?}"
+        );
+        let verdict = verdicts[0];
+        let action = match verdict {
+            Verdict::Stack => TC_ACT_UNSPEC,
+            Verdict::Dropped(_) => TC_ACT_SHOT,
+            _ => TC_ACT_REDIRECT,
+        };
+        assert_eq!(output.action, action, "what is counted is what happens");
+        let rise = |at: usize| after.1[at] - before.1[at];
+        Seen {
+            verdict,
+            output,
+            flow_counters,
+            lookups: Lookups {
+                flow: rise(0),
+                ipcache: rise(1),
+                frontend: rise(2),
+                fragment: rise(3),
+                by_ifindex: rise(4),
+            },
+        }
+    }
+
+    /// What leaves a pod.
+    pub fn from_pod(&mut self, pod: u32, packet: &Packet) -> Seen {
+        self.run_with(Hook::FromPod, &packet.frame(), on(device(pod)))
+    }
+
+    /// What comes in by the node's device.
+    pub fn from_netdev(&mut self, packet: &Packet) -> Seen {
+        self.run_with(Hook::FromNetdev, &packet.frame(), on(ETH0))
+    }
+
+    fn counted(&self) -> (BTreeMap<(u32, u8), u64>, Vec<u64>) {
+        let counters = self.datapath.counters();
+        let packets = counters
+            .all()
+            .unwrap()
+            .into_iter()
+            .map(|c| ((c.hook as u32, c.outcome), c.counter.packets))
+            .collect();
+        let lookups = counters.lookups().unwrap();
+        (packets, lookups.into_iter().map(|(_, n)| n).collect())
+    }
+
+    /// Tries a row of a table. All wrong rows are reported together when the test ends.
+    pub fn check(&mut self, case: Case) -> Seen {
+        let input = Input {
+            gso_size: case.gso_size,
+            ..on(case.device)
+        };
+        let frame = case.frame.clone();
+        let seen = self.run_with(case.hook, &frame, input);
+        let out = match &case.out {
+            Some(out) => out.clone(),
+            None => frame.clone(),
+        };
+        let mut wrong = Vec::new();
+        if seen.verdict != case.verdict {
+            wrong.push(format!("{:?} instead of {:?}", seen.verdict, case.verdict));
+        }
+        if !matches!(seen.verdict, Verdict::Dropped(_)) && seen.output.frame != out {
+            wrong.push(format!(
+                "in       {}\n  out      {}\n  expected {}",
+                hex(&frame),
+                hex(&seen.output.frame),
+                hex(&out)
+            ));
+        }
+        if let Some(lookups) = case.lookups
+            && lookups != seen.lookups
+        {
+            wrong.push(format!("{:?}\n  expected {lookups:?}", seen.lookups));
+        }
+        let done = matches!(seen.verdict, Verdict::Remote)
+            || (seen.verdict == Verdict::Answered && case.hook == Hook::FromNetdev);
+        let expected_mark = if done { mark::DONE << 20 } else { 0 };
+        if seen.output.mark != expected_mark {
+            wrong.push(format!("mark {:#x}", seen.output.mark));
+        }
+        if wrong.is_empty() && case.sum_is_kept {
+            wrong.extend(self.check_sum_is_kept(&case, &frame, &out, input));
+        }
+        for what in wrong {
+            self.failures
+                .push(format!("{}: {}: {what}", self.family.name(), case.name));
+        }
+        seen
+    }
+
+    /// The same with a packet of which the device has made the sum: the kernel answers
+    /// [`run::WRONG_SUM`] if the program has not kept it true.
+    fn check_sum_is_kept(
+        &mut self,
+        case: &Case,
+        frame: &[u8],
+        out: &[u8],
+        input: Input,
+    ) -> Option<String> {
+        let flags = run::CHECKSUM_COMPLETE;
+        match self.run_raw(case.hook, frame, Input { flags, ..input }) {
+            Ok(again) if again.action == TC_ACT_SHOT || again.frame == out => None,
+            Ok(again) => Some(format!(
+                "summed by the device, it became {}",
+                hex(&again.frame)
+            )),
+            Err(error) if error.raw_os_error() == Some(run::WRONG_SUM) => {
+                Some("the sum of the device is wrong afterwards".into())
+            }
+            // Kernels before 6.11 have no such flag.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => None,
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
+    /// Reports wrong rows.
+    fn end(&mut self) {
+        assert!(
+            self.failures.is_empty(),
+            "{} wrong:\n{}",
+            self.failures.len(),
+            self.failures.join("\n")
+        );
+    }
+}
+
+fn read_flows<A: Address>(fs: &BpfFs, map: &str) -> Vec<(FlowKey<Ipv6>, FlowEntry<Ipv6>)>
+where
+    FlowKey<A>: aya::Pod,
+    FlowEntry<A>: aya::Pod,
+{
+    fs.hash::<FlowKey<A>, FlowEntry<A>>(map)
+        .iter()
+        .map(|row| {
+            let (key, entry) = row.unwrap();
+            let shared_key = FlowKey {
+                source: key.source.to_shared(),
+                destination: key.destination.to_shared(),
+                source_port: key.source_port,
+                destination_port: key.destination_port,
+                protocol: key.protocol,
+                scope: key.scope,
+                reserved: key.reserved,
+            };
+            let shared_entry = FlowEntry {
+                tag: entry.tag,
+                flags: entry.flags,
+                tcp_flags: entry.tcp_flags,
+                new_source: entry.new_source.to_shared(),
+                new_destination: entry.new_destination.to_shared(),
+                new_source_port: entry.new_source_port,
+                new_destination_port: entry.new_destination_port,
+                next_hop: entry.next_hop,
+                backend: entry.backend,
+                ring: entry.ring,
+                packets: entry.packets,
+                bytes: entry.bytes,
+                ..FlowEntry::default()
+            };
+            (shared_key, shared_entry)
+        })
+        .collect()
+}
+
+/// A device, nothing else.
+pub fn on(ifindex: u32) -> Input {
+    Input {
+        ifindex,
+        ..Input::default()
+    }
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Ethernet addresses of what leaves a pod.
+pub fn leaving_macs(pod: u32) -> Macs {
+    Macs {
+        destination: endpoint::host_mac(pod),
+        source: endpoint::pod_mac(pod),
+    }
+}
+
+/// Ethernet addresses of what is delivered to a pod.
+pub fn delivered_macs(pod: u32) -> Macs {
+    Macs {
+        destination: endpoint::pod_mac(pod),
+        source: endpoint::host_mac(pod),
+    }
+}
+
+/// Ethernet addresses of what comes in.
+pub fn wire_macs() -> Macs {
+    Macs {
+        destination: MacAddress([2, 0, 0, 0, 0, 1]),
+        source: MacAddress([2, 0, 0, 0, 0, 2]),
+    }
+}
+
+impl Macs {
+    /// Those of an answer.
+    pub fn turned(self) -> Self {
+        Self {
+            destination: self.source,
+            source: self.destination,
+        }
+    }
+}
+
+/// A row of a table.
+pub struct Case {
+    name: String,
+    hook: Hook,
+    device: u32,
+    frame: Vec<u8>,
+    gso_size: u32,
+    verdict: Verdict,
+    out: Option<Vec<u8>>,
+    lookups: Option<Lookups>,
+    sum_is_kept: bool,
+}
+
+impl Case {
+    /// A packet that leaves a pod and that comes out unchanged unless [`Self::out`] says so.
+    pub fn from_pod(name: &str, pod: u32, packet: &Packet, verdict: Verdict) -> Self {
+        Self::new(name, Hook::FromPod, device(pod), packet.frame(), verdict)
+    }
+
+    /// A packet that comes in from outside.
+    pub fn from_netdev(name: &str, packet: &Packet, verdict: Verdict) -> Self {
+        Self::new(name, Hook::FromNetdev, ETH0, packet.frame(), verdict)
+    }
+
+    /// A packet that the host's stack sends to a pod.
+    pub fn to_pod(name: &str, pod: u32, packet: &Packet, verdict: Verdict) -> Self {
+        Self::new(name, Hook::ToPod, device(pod), packet.frame(), verdict)
+    }
+
+    pub fn new(name: &str, hook: Hook, device: u32, frame: Vec<u8>, verdict: Verdict) -> Self {
+        Self {
+            name: name.to_owned(),
+            hook,
+            device,
+            frame,
+            gso_size: 0,
+            verdict,
+            out: None,
+            lookups: None,
+            sum_is_kept: true,
+        }
+    }
+
+    pub fn out(mut self, packet: &Packet) -> Self {
+        self.out = Some(packet.frame());
+        self
+    }
+
+    pub fn out_frame(mut self, frame: Vec<u8>) -> Self {
+        self.out = Some(frame);
+        self
+    }
+
+    pub fn gso(mut self, size: u32) -> Self {
+        self.gso_size = size;
+        self
+    }
+
+    pub fn lookups(mut self, lookups: Lookups) -> Self {
+        self.lookups = Some(lookups);
+        self
+    }
+
+    /// For a packet whose receiver never asks for the sum that a device has made: SCTP, pieces of
+    /// datagrams, UDP without a checksum; and for answers, which no device that makes sums gets to
+    /// see before they leave again.
+    pub fn sum_may_change(mut self) -> Self {
+        self.sum_is_kept = false;
+        self
+    }
+}

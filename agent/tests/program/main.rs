@@ -1,0 +1,22 @@
+//! The kernel programs by themselves: the real object, maps filled by the agent's own code, and
+//! packets through `BPF_PROG_TEST_RUN`: what goes in, the verdict, the bytes that come out with every
+//! checksum, what was counted, and how many tables were asked. Needs root. Every test has a BPF
+//! file system and a network namespace of its own.
+
+mod answers;
+mod bed;
+mod budget;
+mod errors;
+mod forward;
+mod fragments;
+mod full;
+mod lifetime;
+mod malformed;
+mod packet;
+mod reference;
+mod run;
+mod services;
+mod sources;
+#[path = "../datapath/support.rs"]
+#[allow(dead_code, reason = "the tests of the data path use the rest")]
+mod support;
