@@ -81,10 +81,10 @@ pub fn run(
     // One of each in turn, so that both see the same machine.
     let mut alone = vec![Vec::new(); plugins.len()];
     for turn in 0..pods {
-        for (number, plugin) in plugins.iter().enumerate() {
+        for ((plugin, set), times) in plugins.iter().zip(&sets).zip(&mut alone) {
             let begin = Instant::now();
-            plugin.finish(plugin.start("ADD", &sets[number][turn])?)?;
-            alone[number].push(begin.elapsed().as_secs_f64());
+            plugin.finish(plugin.start("ADD", &set[turn])?)?;
+            times.push(begin.elapsed().as_secs_f64());
         }
     }
     let mut table = Table::new(

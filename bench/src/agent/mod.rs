@@ -5,6 +5,7 @@ mod process;
 mod tables;
 
 use std::{
+    fs,
     net::{IpAddr, Ipv4Addr},
     os::unix::net::UnixStream,
     path::Path,
@@ -70,8 +71,11 @@ fn small(section: &mut Section, rival: Option<&Path>, starts: usize, pods: usize
     fill(&cluster, FEW_SERVICES, 3)?;
     let node = cluster.node("node1");
     let mut fresh = Vec::new();
-    for _ in 0..starts {
-        node.reboot()?;
+    for round in 0..starts {
+        if round > 0 {
+            node.agent().stop(Signal::SIGTERM)?;
+            forget(node)?;
+        }
         fresh.push(start(node)?);
     }
     let attached: Vec<_> = (0..FEW_PODS)
@@ -204,6 +208,15 @@ fn start(node: &Node) -> Result<Start> {
         answers,
         applied: begin.elapsed(),
     })
+}
+
+/// Removes all that an agent keeps on disk and in the kernel's BPF file system: the node is fresh
+/// again, as long as it has no pods.
+fn forget(node: &Node) -> Result<()> {
+    for folder in [&node.run_dir, &node.bpf_root] {
+        fs::remove_dir_all(folder).with_context(|| format!("remove {}", folder.display()))?;
+    }
+    Ok(())
 }
 
 /// Without the polling of the test bed, which would be measured along.

@@ -35,6 +35,48 @@ const PROGRAMS: [&str; 6] = [
     "sketch_lru",
 ];
 
+/// A figure, its rival's, and how many times the rival's it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside {
+    /// Nanoseconds.
+    pub own: Spread,
+    /// Nanoseconds.
+    pub rival: Spread,
+    /// Of the pairs, not of the medians.
+    pub ratio: Spread,
+}
+
+impl Beside {
+    /// Without a rival: it stands for its own.
+    pub fn alone(own: Spread) -> Self {
+        let ratio = Spread {
+            median: 1.0,
+            low: 1.0,
+            high: 1.0,
+        };
+        Self {
+            own,
+            rival: own,
+            ratio,
+        }
+    }
+
+    /// From pairs of own and rival.
+    ///
+    /// # Errors
+    ///
+    /// There is none.
+    pub fn of(pairs: &[(f64, f64)]) -> Result<Self> {
+        let spread =
+            |value: fn(&(f64, f64)) -> f64| Spread::of(pairs.iter().map(value)).context("no pairs");
+        Ok(Self {
+            own: spread(|pair| pair.0)?,
+            rival: spread(|pair| pair.1)?,
+            ratio: spread(|pair| pair.0 / pair.1)?,
+        })
+    }
+}
+
 /// See the module.
 pub struct Harness {
     ebpf: Ebpf,
@@ -160,6 +202,30 @@ impl Harness {
             .map(|_| self.pair(target, ifindex, repeat))
             .collect::<Result<Vec<_>>>()?;
         Spread::of(values).context("no pairs")
+    }
+
+    /// As [`Self::pairs`], each pair followed by one of the rival: both, and their ratio.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::pair`].
+    pub fn beside(
+        &mut self,
+        target: &ProgramFd,
+        rival: &ProgramFd,
+        ifindex: u32,
+        repeat: u32,
+        pairs: u32,
+    ) -> Result<Beside> {
+        self.pair(target, ifindex, repeat)?;
+        self.pair(rival, ifindex, repeat)?;
+        let values = (0..pairs)
+            .map(|_| {
+                let own = self.pair(target, ifindex, repeat)?;
+                Ok((own, self.pair(rival, ifindex, repeat)?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Beside::of(&values)
     }
 
     fn run(&mut self, target: &ProgramFd, ifindex: u32, repeat: u32) -> Result<(f64, u32)> {

@@ -216,11 +216,7 @@ impl Lab {
     ///
     /// The kernel's.
     pub fn clear_flows(&self, family: Family) -> Result<()> {
-        let map = self.map(flows(family))?;
-        for key in map.keys()? {
-            map.delete(&key)?;
-        }
-        Ok(())
+        clear(&self.map(flows(family))?)
     }
 
     /// The tuples of the replies to connections that the flow table knows, as they come from the
@@ -244,6 +240,18 @@ impl Lab {
             })
             .collect()
     }
+}
+
+/// Removes every element of a map.
+///
+/// # Errors
+///
+/// The kernel's.
+pub fn clear(map: &RawMap) -> Result<()> {
+    for key in map.keys()? {
+        map.delete(&key)?;
+    }
+    Ok(())
 }
 
 fn reply<A>(map: &RawMap, tuple: &Tuple, source: A, destination: A) -> Result<Tuple>
@@ -316,10 +324,9 @@ pub fn service(
     (key, desired)
 }
 
-/// Tuples of `count` different connections that take `route`, in an order that has nothing to do
-/// with their numbers.
+/// Tuples of `count` different connections that take `route`.
 pub fn connections(family: Family, route: Route, from: u32, count: u32) -> Vec<Tuple> {
-    let mut tuples: Vec<Tuple> = (0..count)
+    (0..count)
         .map(|i| {
             let (service, turn) = (i % SERVICES, i / SERVICES);
             let destination = match route {
@@ -333,13 +340,11 @@ pub fn connections(family: Family, route: Route, from: u32, count: u32) -> Vec<T
                 destination,
             }
         })
-        .collect();
-    shuffle(&mut tuples);
-    tuples
+        .collect()
 }
 
 /// Fisher and Yates' with a plain linear congruential generator: the same in every run.
-fn shuffle<T>(items: &mut [T]) {
+pub fn shuffle<T>(items: &mut [T]) {
     let mut state = 1u64;
     for i in (1..items.len()).rev() {
         state = state

@@ -17,7 +17,7 @@ use weir_common::{
 
 use self::{
     frame::{Frame, Kind, Tuple},
-    harness::Harness,
+    harness::{Beside, Harness},
     lab::{CLIENT, LOCAL_SERVER, Lab, PLAIN_CLIENT, Route},
 };
 use crate::{
@@ -77,47 +77,54 @@ pub fn run(effort: Effort) -> Result<Section> {
 
 fn measure(plan: Plan) -> Result<Section> {
     isolate()?;
-    let mut harness = Harness::load()?;
     let mut section = Section::new("packets", "Nanoseconds per packet");
     section.paragraph(&format!(
         "Time in the program for a TCP packet of 64 bytes (IPv6: 80), `BPF_PROG_TEST_RUN`. A wrapper restores the \
          packet before each repetition and calls the program; the same wrapper around an empty program is \
-         subtracted. Median of {} pairs of runs of {} packets (new flows: {} rounds of {}), quartiles in parentheses. \
-         Flows come in random order, over {} Services. The rival is a sketch in the same run: one hash with the same \
-         keys and values, IPv4 and TCP only, without source check, policy, MTU, counters or next hops.",
+         subtracted. Median of {} pairs of runs of {} packets (new flows: {} rounds of {}). Packets come in an order \
+         that has nothing to do with that in which their connections were opened; connections go to {} Services. \
+         Each row begins with a new table; for the last column every connection has been removed and opened again \
+         several times, so that neighbours in time are no longer neighbours in memory. The rival is a sketch in the \
+         same run: one hash with the same keys and values, IPv4 and TCP only, without source check, policy, MTU, \
+         counters or next hops.",
         plan.pairs,
         plan.repeat,
         plan.rounds,
         plan.most(),
         lab::SERVICES
     ));
-    let mut bench = Bench {
-        lab: Lab::new("main", CONNECTIONS_DEFAULT)?,
-        harness: &mut harness,
-        plan,
-    };
-    let mut table = Table::new(
-        "With an entry in the flow table",
-        &["", "new flow", "1 flow", "8,000 flows", "100,000 flows"],
+    let mut table = Table::new("With an entry in the flow table", &COLUMNS);
+    let mut ratios = Table::new(
+        "`from_pod`, Service, endpoint on the other node, IPv4: times the sketch's",
+        &COLUMNS,
     );
-    for family in [Family::V4, Family::V6] {
-        bench.with_flows(family, &mut table)?;
+    for (at, family) in (0..).zip([Family::V4, Family::V6]) {
+        for (route, name) in [(Route::RemoteService, "r"), (Route::LocalService, "l")] {
+            let mut bench = Bench::new(&format!("{name}{at}"), CONNECTIONS_DEFAULT, plan)?;
+            bench.with_flows(family, route, &mut table, &mut ratios)?;
+        }
     }
-    bench.sketches(&mut table)?;
+    let mut bench = Bench::new("main", CONNECTIONS_DEFAULT, plan)?;
+    for (program, map, name) in [
+        (
+            "sketch_on_demand",
+            "SKETCH_ON_DEMAND",
+            "plain hash, not preallocated",
+        ),
+        ("sketch_lru", "SKETCH_LRU", "LRU hash"),
+    ] {
+        bench.sketch(program, map, name, &mut table)?;
+    }
     section.table(&table);
+    section.table(&ratios);
 
     let mut table = Table::new("Without", &["", "1 flow", "8,000 flows"]);
     for family in [Family::V4, Family::V6] {
         bench.without_flows(family, &mut table)?;
     }
     section.table(&table);
-    drop(bench);
 
-    let mut bench = Bench {
-        lab: Lab::new("full", FULL)?,
-        harness: &mut harness,
-        plan,
-    };
+    let mut bench = Bench::new("full", FULL, plan)?;
     let mut table = Table::new(
         &format!("New flows while the table of {FULL} connections is full of live ones"),
         &["", "new flow"],
@@ -129,44 +136,145 @@ fn measure(plan: Plan) -> Result<Section> {
     Ok(section)
 }
 
-struct Bench<'a> {
+const COLUMNS: [&str; 6] = [
+    "",
+    "new flow",
+    "1 flow",
+    "8,000 flows",
+    "100,000 flows",
+    "8,000 flows, table used before",
+];
+
+struct Bench {
     lab: Lab,
-    harness: &'a mut Harness,
+    harness: Harness,
     plan: Plan,
 }
 
-impl Bench<'_> {
-    fn with_flows(&mut self, family: Family, table: &mut Table) -> Result<()> {
-        for (route, name, way) in [
-            (Route::RemoteService, "other node", outcome::REMOTE),
-            (Route::LocalService, "this node", outcome::LOCAL),
-        ] {
-            let tuples = lab::connections(family, route, CLIENT, self.plan.most());
-            let device = self.lab.device(CLIENT);
-            let from_pod = self.program(Hook::FromPod)?;
-            let new = self.new_flows(family, &tuples, &from_pod, way)?;
-            let mut row = vec![format!(
+/// Figures of a program and, where it has one, of its rival.
+struct Cells {
+    own: Vec<String>,
+    rival: Vec<String>,
+    ratio: Vec<String>,
+}
+
+impl Cells {
+    fn push(&mut self, figures: &Beside) {
+        self.own.push(figures.own.to_string());
+        self.rival.push(figures.rival.to_string());
+        self.ratio.push(format!("{:.2}", figures.ratio));
+    }
+}
+
+impl Bench {
+    fn new(name: &str, connections: u32, plan: Plan) -> Result<Self> {
+        Ok(Self {
+            lab: Lab::new(name, connections)?,
+            harness: Harness::load()?,
+            plan,
+        })
+    }
+
+    fn with_flows(
+        &mut self,
+        family: Family,
+        route: Route,
+        table: &mut Table,
+        ratios: &mut Table,
+    ) -> Result<()> {
+        let (name, way) = match route {
+            Route::RemoteService => ("other node", outcome::REMOTE),
+            _ => ("this node", outcome::LOCAL),
+        };
+        let tuples = lab::connections(family, route, CLIENT, self.plan.most());
+        let known = self.known_flows(family, way, &tuples)?;
+        let replies = match route {
+            Route::RemoteService => self.replies(family, &tuples)?,
+            _ => self.local_replies(family, &tuples)?,
+        };
+        let new = self.new_flows(family, &tuples, way)?;
+        self.open(family, &tuples)?;
+        let used = self.steady_beside(family, way, &tuples[..self.plan.flows[1] as usize])?;
+
+        let mut cells = Cells {
+            own: vec![format!(
                 "`from_pod`, Service, endpoint on {name}, {}",
                 family_name(family)
-            )];
-            row.push(new.to_string());
-            for flows in self.plan.flows {
-                let frames = from_pod_frames(&tuples[..flows as usize], Kind::Ack);
-                let ns = self.steady(&from_pod, Hook::FromPod, way, family, device, &frames)?;
-                row.push(ns.to_string());
-            }
-            table.row(row);
-            if route == Route::RemoteService {
-                self.replies(family, &tuples, table)?;
-            } else {
-                self.local_replies(family, &tuples, table)?;
-            }
-            self.lab.clear_flows(family)?;
+            )],
+            rival: vec!["sketch, plain hash, IPv4".to_owned()],
+            ratio: vec![String::new()],
+        };
+        for figures in [&[new][..], &known, &[used]].concat() {
+            cells.push(&figures);
+        }
+        table.row(cells.own);
+        table.row(replies);
+        if has_rival(family, route) {
+            table.row(cells.rival);
+            ratios.row(cells.ratio);
         }
         Ok(())
     }
 
-    fn replies(&mut self, family: Family, tuples: &[Tuple], table: &mut Table) -> Result<()> {
+    /// For each number of flows: opens that many and measures their packets.
+    fn known_flows(&mut self, family: Family, way: u8, tuples: &[Tuple]) -> Result<Vec<Beside>> {
+        let flows = self.plan.flows;
+        flows
+            .into_iter()
+            .map(|flows| {
+                let tuples = &tuples[..flows as usize];
+                self.open(family, tuples)?;
+                self.steady_beside(family, way, tuples)
+            })
+            .collect()
+    }
+
+    /// Enters connections in Weir's table and in the sketch's.
+    fn open(&mut self, family: Family, tuples: &[Tuple]) -> Result<()> {
+        let frames = from_pod_frames(tuples, Kind::Syn);
+        self.harness.set_frames(&frames, family == Family::V6)?;
+        let count = u32::try_from(tuples.len())?;
+        let device = self.lab.device(CLIENT);
+        for program in [Some(self.program(Hook::FromPod)?), self.rival(family)?]
+            .iter()
+            .flatten()
+        {
+            self.harness.pair(program, device, count)?;
+        }
+        Ok(())
+    }
+
+    /// The sketch; it knows IPv4 only.
+    fn rival(&mut self, family: Family) -> Result<Option<ProgramFd>> {
+        match family {
+            Family::V4 => self.harness.own("sketch_hash").map(Some),
+            Family::V6 => Ok(None),
+        }
+    }
+
+    /// Packets of known connections, and the rival's time for the same.
+    fn steady_beside(&mut self, family: Family, way: u8, tuples: &[Tuple]) -> Result<Beside> {
+        let Plan { pairs, repeat, .. } = self.plan;
+        let frames = in_any_order(from_pod_frames(tuples, Kind::Ack));
+        let device = self.lab.device(CLIENT);
+        let from_pod = self.program(Hook::FromPod)?;
+        let rival = self.rival(family)?;
+        self.harness.set_frames(&frames, family == Family::V6)?;
+        let before = self.counters(Hook::FromPod)?;
+        let figures = match rival {
+            Some(rival) => self
+                .harness
+                .beside(&from_pod, &rival, device, repeat, pairs)?,
+            None => Beside::alone(self.harness.pairs(&from_pod, device, repeat, pairs)?),
+        };
+        let after = self.counters(Hook::FromPod)?;
+        expect(&before, &after, way, repeat * (pairs + 1))?;
+        expect(&before, &after, outcome::FLOW_CREATED, 0)?;
+        expect(&before, &after, outcome::FLOW_STALE, 0)?;
+        Ok(figures)
+    }
+
+    fn replies(&mut self, family: Family, tuples: &[Tuple]) -> Result<Vec<String>> {
         let from_netdev = self.program(Hook::FromNetdev)?;
         let device = self.lab.uplink();
         let replies = self.lab.replies(family, tuples)?;
@@ -186,11 +294,10 @@ impl Bench<'_> {
             let ns = self.steady(&from_netdev, Hook::FromNetdev, way, family, device, &frames)?;
             row.push(ns.to_string());
         }
-        table.row(row);
-        Ok(())
+        Ok(row)
     }
 
-    fn local_replies(&mut self, family: Family, tuples: &[Tuple], table: &mut Table) -> Result<()> {
+    fn local_replies(&mut self, family: Family, tuples: &[Tuple]) -> Result<Vec<String>> {
         let from_pod = self.program(Hook::FromPod)?;
         let device = self.lab.device(LOCAL_SERVER);
         let replies = self.lab.replies(family, tuples)?;
@@ -210,8 +317,7 @@ impl Bench<'_> {
             let ns = self.steady(&from_pod, Hook::FromPod, way, family, device, &frames)?;
             row.push(ns.to_string());
         }
-        table.row(row);
-        Ok(())
+        Ok(row)
     }
 
     /// Packets of pods that have no entry: only addresses decide.
@@ -288,31 +394,30 @@ impl Bench<'_> {
     }
 
     /// Every packet opens a connection; none is known before a round.
-    fn new_flows(
-        &mut self,
-        family: Family,
-        tuples: &[Tuple],
-        program: &ProgramFd,
-        way: u8,
-    ) -> Result<Spread> {
+    fn new_flows(&mut self, family: Family, tuples: &[Tuple], way: u8) -> Result<Beside> {
         let frames = from_pod_frames(tuples, Kind::Syn);
         self.harness.set_frames(&frames, family == Family::V6)?;
+        let from_pod = self.program(Hook::FromPod)?;
+        let rival = self.rival(family)?;
+        let rival_map = self.harness.own_map("SKETCH_HASH")?;
         let device = self.lab.device(CLIENT);
         let count = u32::try_from(tuples.len())?;
-        let mut values = Vec::new();
-        for round in 0..=self.plan.rounds {
+        let mut pairs = Vec::new();
+        for _ in 0..self.plan.rounds {
             self.lab.clear_flows(family)?;
+            lab::clear(&rival_map)?;
             let before = self.counters(Hook::FromPod)?;
-            let value = self.harness.pair(program, device, count)?;
+            let own = self.harness.pair(&from_pod, device, count)?;
             let after = self.counters(Hook::FromPod)?;
             expect(&before, &after, way, count)?;
             expect(&before, &after, outcome::FLOW_CREATED, count)?;
-            // The first touches memory that nobody has touched before.
-            if round > 0 {
-                values.push(value);
-            }
+            let other = match &rival {
+                Some(rival) => self.harness.pair(rival, device, count)?,
+                None => own,
+            };
+            pairs.push((own, other));
         }
-        Spread::of(values).context("no rounds")
+        Beside::of(&pairs)
     }
 
     /// The table is smaller than the number of connections: for each new one another gives way.
@@ -357,7 +462,8 @@ impl Bench<'_> {
         frames: &[Frame],
     ) -> Result<Spread> {
         let Plan { pairs, repeat, .. } = self.plan;
-        self.harness.set_frames(frames, family == Family::V6)?;
+        let frames = in_any_order(frames.to_vec());
+        self.harness.set_frames(&frames, family == Family::V6)?;
         let before = self.counters(hook)?;
         let spread = self.harness.pairs(program, device, repeat, pairs)?;
         let after = self.counters(hook)?;
@@ -367,44 +473,47 @@ impl Bench<'_> {
         Ok(spread)
     }
 
-    /// The rival, over each kind of hash.
-    fn sketches(&mut self, table: &mut Table) -> Result<()> {
+    /// The rival over another kind of hash.
+    fn sketch(&mut self, program: &str, map: &str, name: &str, table: &mut Table) -> Result<()> {
+        let Plan {
+            repeat,
+            pairs,
+            rounds,
+            flows,
+        } = self.plan;
         let tuples = lab::connections(Family::V4, Route::RemoteService, CLIENT, self.plan.most());
-        for (program, map, name) in [
-            ("sketch_hash", "SKETCH_HASH", "plain hash"),
-            (
-                "sketch_on_demand",
-                "SKETCH_ON_DEMAND",
-                "plain hash, not preallocated",
-            ),
-            ("sketch_lru", "SKETCH_LRU", "LRU hash"),
-        ] {
-            let target = self.harness.own(program)?;
-            let map = self.harness.own_map(map)?;
-            let device = self.lab.device(CLIENT);
-            let frames = from_pod_frames(&tuples, Kind::Syn);
+        let target = self.harness.own(program)?;
+        let map = self.harness.own_map(map)?;
+        let device = self.lab.device(CLIENT);
+        let mut known = Vec::new();
+        for flows in flows {
+            let tuples = &tuples[..flows as usize];
+            self.harness
+                .set_frames(&from_pod_frames(tuples, Kind::Syn), false)?;
+            self.harness.pair(&target, device, flows)?;
+            let frames = in_any_order(from_pod_frames(tuples, Kind::Ack));
             self.harness.set_frames(&frames, false)?;
-            let mut values = Vec::new();
-            for round in 0..=self.plan.rounds {
-                for key in map.keys()? {
-                    map.delete(&key)?;
-                }
-                let value = self.harness.pair(&target, device, self.plan.most())?;
-                if round > 0 {
-                    values.push(value);
-                }
-            }
-            let new = Spread::of(values).context("no rounds")?;
-            let mut row = vec![format!("sketch, {name}, IPv4"), new.to_string()];
-            for flows in self.plan.flows {
-                let frames = from_pod_frames(&tuples[..flows as usize], Kind::Ack);
-                self.harness.set_frames(&frames, false)?;
-                let Plan { repeat, pairs, .. } = self.plan;
-                let ns = self.harness.pairs(&target, device, repeat, pairs)?;
-                row.push(ns.to_string());
-            }
-            table.row(row);
+            known.push(self.harness.pairs(&target, device, repeat, pairs)?);
         }
+        self.harness
+            .set_frames(&from_pod_frames(&tuples, Kind::Syn), false)?;
+        let mut values = Vec::new();
+        for _ in 0..rounds {
+            lab::clear(&map)?;
+            values.push(self.harness.pair(&target, device, self.plan.most())?);
+        }
+        let new = Spread::of(values).context("no rounds")?;
+        let frames = from_pod_frames(&tuples[..flows[1] as usize], Kind::Ack);
+        self.harness.set_frames(&in_any_order(frames), false)?;
+        let used = self.harness.pairs(&target, device, repeat, pairs)?;
+        let mut row = vec![format!("sketch, {name}, IPv4")];
+        row.extend(
+            [&[new][..], &known, &[used]]
+                .concat()
+                .iter()
+                .map(Spread::to_string),
+        );
+        table.row(row);
         Ok(())
     }
 
@@ -437,6 +546,17 @@ fn expect(
         "outcome {outcome} was counted {packets} times instead of {expected}: before {before:?}, after {after:?}"
     );
     Ok(())
+}
+
+/// Whether the sketch does the same.
+fn has_rival(family: Family, route: Route) -> bool {
+    (family, route) == (Family::V4, Route::RemoteService)
+}
+
+/// Another order than that in which the connections are opened.
+fn in_any_order(mut frames: Vec<Frame>) -> Vec<Frame> {
+    lab::shuffle(&mut frames);
+    frames
 }
 
 fn from_pod_frames(tuples: &[Tuple], kind: Kind) -> Vec<Frame> {
