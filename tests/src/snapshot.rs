@@ -50,7 +50,10 @@ impl Snapshot {
                     .collect(),
             );
         }
-        all.insert("files", files(&node.run_dir));
+        let mut run_files = files(&node.run_dir);
+        // What switches were set is of the node, not of its pods, and a reboot of a namespace keeps them.
+        run_files.retain(|file| !file.ends_with("/sysctls.json"));
+        all.insert("files", run_files);
         all.insert("pins", files(&node.bpf_root));
         all.insert("endpoints", rows(&node.weir_json(&["endpoint", "list"])?));
         for map in ["endpoint", "lb", "nexthop"] {

@@ -140,16 +140,16 @@ fn pings_as_large_as_the_mtu_pass_and_larger_ones_are_told() -> TestResult {
     Ok(())
 }
 
-/// The node's device gets narrower than the client's: the node must answer "too big", and what the client learns
+/// The nodes' devices get narrower than the pods': the node must answer "too big", and what the client learns
 /// must serve it.
 #[test]
 fn the_path_mtu_is_found() -> TestResult {
     let bed = Bed::new("path mtu", 1500)?;
     // The pods were made before: they go on sending what their own devices can.
-    bed.cluster
-        .node("node1")
-        .netns
-        .tool("ip", &["link", "set", "eth0", "mtu", "1300"])?;
+    for node in bed.cluster.nodes() {
+        node.netns
+            .tool("ip", &["link", "set", "eth0", "mtu", "1300"])?;
+    }
     let (server, vips) = &bed.servers[1];
     for v6 in [false, true] {
         let address = server.address(v6)?;
