@@ -50,8 +50,11 @@ pub fn namespace_name(id: &str, name: &str) -> String {
 ///
 /// When the state directory cannot be made.
 pub fn claim(id: &str) -> std::io::Result<()> {
-    fs::create_dir_all(state_directory(id))?;
-    fs::write(state_directory(id).join(OWNER), own_start_time())
+    // Under its name only when it has an owner: another process may look for the dead just now.
+    let new = Path::new(STATE).join(format!(".new-{id}"));
+    fs::create_dir_all(&new)?;
+    fs::write(new.join(OWNER), own_start_time())?;
+    fs::rename(new, state_directory(id))
 }
 
 /// Removes all that belongs to one cluster: processes, namespaces, pins and files.
