@@ -22,11 +22,12 @@ pub async fn add(
     let mut agent =
         Agent::connect(&configuration.agent_socket, configuration.agent_timeout).await?;
     let reservation = match agent.allocate(environment).await {
-        Err(error) if error.code == code::AGENT_ANSWER => {
+        Ok(reservation) => reservation,
+        // The agent may have reserved something before the answer was lost or made no sense.
+        Err(error) => {
             let undone = agent.release(environment).await;
             return Err(error.and(undone.err().as_slice()));
         }
-        result => result?,
     };
     let mut host_ifindex = None;
     match wire(

@@ -154,6 +154,42 @@ pub struct Backend {
 assert_abi_size!(Backend = 32);
 map_types!(Backend);
 
+/// The part of a [`Backend`] that changes in one store: its second third, bytes 16 to 23.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct BackendWord {
+    /// See [`Backend::port`].
+    pub port: Port,
+    /// See [`Backend::state`].
+    pub state: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// See [`Backend::generation`].
+    pub generation: u32,
+}
+
+assert_abi_size!(BackendWord = 8);
+const _: () = assert!(core::mem::offset_of!(Backend, port) == BackendWord::OFFSET);
+const _: () = assert!(core::mem::offset_of!(Backend, generation) == BackendWord::OFFSET + 4);
+
+impl BackendWord {
+    /// Where it stands in a row, bytes.
+    pub const OFFSET: usize = 16;
+
+    /// From the word as it stands in memory.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_word(word: u64) -> Self {
+        let b = word.to_ne_bytes();
+        Self {
+            port: Port([b[0], b[1]]),
+            state: b[2],
+            reserved: b[3],
+            generation: u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
+        }
+    }
+}
+
 impl Backend {
     /// The address, as its family has it.
     #[inline(always)]

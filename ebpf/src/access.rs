@@ -78,11 +78,34 @@ pub fn gso_size(ctx: &TcContext) -> u32 {
     unsafe { (*ctx.skb.skb).gso_size }
 }
 
+/// Whether the frame has a VLAN tag. (The kernel has taken it out of the bytes.)
+#[inline(always)]
+pub fn is_tagged(ctx: &TcContext) -> bool {
+    // SAFETY: as above.
+    unsafe { (*ctx.skb.skb).vlan_present != 0 }
+}
+
 /// The packet mark.
 #[inline(always)]
 pub fn mark(ctx: &TcContext) -> u32 {
     // SAFETY: as above.
     unsafe { (*ctx.skb.skb).mark }
+}
+
+/// Reads an aligned word of eight bytes in one instruction, after all reads that stand before it
+/// in the source.
+///
+/// # Safety
+///
+/// `word` must be valid to read and aligned.
+#[inline(always)]
+pub unsafe fn read_word(word: *const u64) -> u64 {
+    let value: u64;
+    // SAFETY: by contract; without `nomem` nothing is moved across it.
+    unsafe {
+        core::arch::asm!("{0} = *(u64 *)({1} + 0)", out(reg) value, in(reg) word, options(nostack));
+    }
+    value
 }
 
 /// Reads a word after all reads that stand before it in the source. (LLVM's BPF back end has no

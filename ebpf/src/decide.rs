@@ -90,10 +90,10 @@ fn try_decide<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReaso
             return Err(DropReason::FragmentNotFound);
         }
         let chosen = service::choose::<F>(packet, service_scope::INSIDE)?;
-        decision.destination = chosen.row.address();
-        decision.destination_port = chosen.row.port;
+        decision.destination = chosen.address;
+        decision.destination_port = chosen.port;
         decision.backend = chosen.number;
-        decision.backend_generation = chosen.row.generation;
+        decision.backend_generation = chosen.generation;
         decision.stateful = 1;
         if packet.key.protocol == protocol::SCTP
             && decision.destination_port != packet.key.destination_port

@@ -38,7 +38,7 @@ pub fn now() -> u32 {
 
 /// Finds the entry of a packet: the one lookup of the fast path. Leaves the translation in the
 /// packet and gives the next hop; `None` when there is no entry, or a stale one, and the packet must
-/// be decided anew.
+/// be decided anew. An error when the connection goes on to an endpoint that cannot be reached now.
 ///
 /// The element stays allocated while the program runs, but may be recycled: everything needed is
 /// read first and the tag last.
@@ -48,23 +48,25 @@ pub fn find<F: Family>(
     hook: Hook,
     packet: &mut Packet<F::Address>,
     sender: Option<Local>,
-) -> Option<Hop> {
+) -> Result<Option<Hop>, DropReason> {
     maps::count_lookup(Lookup::Flow);
-    let place = F::flows().get_ptr_mut(&packet.key)?;
+    let Some(place) = F::flows().get_ptr_mut(&packet.key) else {
+        return Ok(None);
+    };
     // SAFETY: see above; every bit pattern of an entry is valid.
     let entry = unsafe { &*place };
-    let hop = check::<F>(ctx, packet, sender, entry);
+    let hop = check::<F>(ctx, packet, sender, entry)?;
     packet.rewrite.copy_from(entry);
     // SAFETY: as above.
     let tag = unsafe { access::read_last(&raw const (*place).tag) };
     if hop.is_none() || tag != packet.key.tag() {
         packet.rewrite.flags = 0;
         verdict::count(hook, outcome::FLOW_STALE, 0);
-        return None;
+        return Ok(None);
     }
     // SAFETY: as above; a count that hits a recycled element is off by one packet.
     unsafe { touch(place, packet.tcp_flags, ctx.len()) };
-    hop
+    Ok(hop)
 }
 
 /// Whether an entry still holds for this packet; gives its next hop if so.
@@ -74,35 +76,56 @@ fn check<F: Family>(
     packet: &Packet<F::Address>,
     sender: Option<Local>,
     entry: &FlowEntry<F::Address>,
-) -> Option<Hop> {
+) -> Result<Option<Hop>, DropReason> {
     if entry.version != flow::VERSION
         || (entry.ifindex != 0 && entry.ifindex != access::ifindex(ctx))
     {
-        return None;
+        return Ok(None);
     }
     if let Some(sender) = sender
         && (entry.source_generation != sender.row.generation
             || entry.egress_set != sender.row.egress_set)
     {
-        return None;
+        return Ok(None);
     }
+    let reopens = packet.is_syn();
     if entry.backend != 0 && entry.flags & flag::REPLY == 0 {
         // TCP keeps its endpoint to the end; a new connection of the same tuple does not.
-        let reopens = packet.is_syn();
-        if reopens && entry.tcp_flags & (tcp_flag::FIN | tcp_flag::RST) != 0 {
-            return None;
+        if reopens && is_closing::<F>(packet) != 0 {
+            return Ok(None);
         }
-        if (packet.key.protocol != protocol::TCP || reopens)
-            && maps::BACKENDS.get(entry.backend)?.generation != entry.backend_generation
-        {
-            return None;
+        if packet.key.protocol != protocol::TCP || reopens {
+            let Some(row) = maps::BACKENDS.get(entry.backend) else {
+                return Ok(None);
+            };
+            if row.generation != entry.backend_generation {
+                return Ok(None);
+            }
         }
     }
-    let hop = Hop::find(entry.next_hop).ok()?;
+    let hop = match Hop::find(entry.next_hop) {
+        Ok(hop) => hop,
+        // The node is out of reach for a while: another endpoint would be no help to a connection
+        // that is open.
+        Err(DropReason::NoNextHop) if packet.key.protocol == protocol::TCP && !reopens => {
+            return Err(DropReason::NoNextHop);
+        }
+        Err(_) => return Ok(None),
+    };
     if hop.generation() != entry.next_hop_generation || hop.ingress_set() != entry.ingress_set {
-        return None;
+        return Ok(None);
     }
-    Some(hop)
+    Ok(Some(hop))
+}
+
+/// Whether the connection of a packet is over, by the flags of both directions: 1 or 0. Asked for
+/// packets that open a connection only.
+#[inline(never)]
+fn is_closing<F: Family>(packet: &Packet<F::Address>) -> u32 {
+    match look_at::<F>(&packet.key) {
+        Some(glance) => u32::from(glance.over),
+        None => 1,
+    }
 }
 
 /// Notes that a packet has passed.
@@ -389,6 +412,8 @@ pub struct Glance<A> {
     pub ring: u32,
     /// State of the connection.
     pub state: ConnectionState,
+    /// Either side has said that it sends no more.
+    pub over: bool,
     last_seen: u32,
     partner_seen: u32,
 }
@@ -427,10 +452,12 @@ pub fn look_at<F: Family>(key: &FlowKey<F::Address>) -> Option<Glance<F::Address
         None => (0, false, last_seen),
     };
     let state = ConnectionState::new(key.protocol, flags, reply_flags, replied);
+    let over = (flags | reply_flags) & (tcp_flag::FIN | tcp_flag::RST) != 0;
     Some(Glance {
         partner,
         ring,
         state,
+        over,
         last_seen,
         partner_seen,
     })

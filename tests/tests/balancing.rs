@@ -191,6 +191,12 @@ fn endpoints_change_200_times_a_second_under_load() -> TestResult {
         }
     }
     report.check(1000)?;
+    // No packet saw half of a change, nor an endpoint that was gone.
+    for node in cluster.nodes() {
+        for reason in ["SERVICE_BACKEND_NOT_FOUND", "SERVICE_PORT_NOT_FOUND"] {
+            assert_eq!(node.drops(reason)?, 0, "{reason} on {}", node.name);
+        }
+    }
     Ok(())
 }
 

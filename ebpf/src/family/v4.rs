@@ -131,11 +131,16 @@ impl Family for V4 {
     #[inline(always)]
     fn parse(ctx: &TcContext, scope: u8, packet: &mut Packet<Ipv4>) -> Result<(), DropReason> {
         // SAFETY: checked by `header`.
-        let header = unsafe { &*header(ctx)? };
-        let header_length = u32::from(header.version_and_length & 0x0f) * 4;
-        if header.version_and_length >> 4 != 4 || header_length < 20 {
+        let version_and_length = unsafe { (*header(ctx)?).version_and_length };
+        let header_length = u32::from(version_and_length & 0x0f) * 4;
+        if version_and_length >> 4 != 4 || header_length < 20 {
             return Err(DropReason::Malformed);
         }
+        if header_length > 20 && !access::make_readable(ctx, ETHERNET + header_length + 20) {
+            return Err(DropReason::PullFailed);
+        }
+        // SAFETY: as above.
+        let header = unsafe { &*header(ctx)? };
         let available = ctx.len() - ETHERNET;
         let total = u32::from(u16::from_be(header.total_length));
         // An offloaded packet beyond 64 KiB says zero (kernel 6.3, "BIG TCP").

@@ -6,7 +6,7 @@ use weir_common::{DropReason, flow::scope, metrics::Hook};
 
 use super::{Kind, read_frame};
 use crate::{
-    decide,
+    access, decide,
     deliver::{self, Hop},
     family::{Family, V4, V6},
     flow, fragment, icmp,
@@ -20,6 +20,10 @@ use crate::{
 #[inline(always)]
 pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
     let frame = read_frame(ctx)?;
+    if access::is_tagged(ctx) {
+        // It belongs to a VLAN's device, which is another.
+        return Ok(Verdict::STACK);
+    }
     match frame.kind {
         Kind::V4 => forward::<V4>(ctx),
         Kind::V6 => forward::<V6>(ctx),
@@ -54,7 +58,7 @@ fn to_local_pod<F: Family>(
             // Whether it belongs to a translated connection cannot be told without its first.
             return Err(DropReason::FragmentNotFound);
         }
-        if let Some(hop) = flow::find::<F>(ctx, Hook::FromNetdev, packet, None) {
+        if let Some(hop) = flow::find::<F>(ctx, Hook::FromNetdev, packet, None)? {
             return deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, hop);
         }
         if icmp::is_error(packet) {

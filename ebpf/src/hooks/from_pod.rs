@@ -5,7 +5,7 @@ use weir_common::{DropReason, endpoint::HOST_MAC_PREFIX, flow::scope, metrics::H
 
 use super::{Kind, read_frame};
 use crate::{
-    decide,
+    access, decide,
     deliver::{self, Hop},
     family::{Family, V4, V6},
     flow, fragment, icmp,
@@ -20,6 +20,10 @@ use crate::{
 #[inline(always)]
 pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
     let frame = read_frame(ctx)?;
+    if access::is_tagged(ctx) {
+        // The tag would leave the node with the packet.
+        return Err(DropReason::UnsupportedL3);
+    }
     let sender = local::of_device(ctx, HOST_MAC_PREFIX, frame.destination)?;
     match frame.kind {
         Kind::V4 => {
@@ -72,7 +76,7 @@ fn forward<F: Family>(
     let ports_known = fragment::resolve_ports::<F>(packet);
     let has_flows = ports_known && local::has_flows(sender.number);
     let found = if has_flows {
-        flow::find::<F>(ctx, Hook::FromPod, packet, Some(sender))
+        flow::find::<F>(ctx, Hook::FromPod, packet, Some(sender))?
     } else {
         None
     };

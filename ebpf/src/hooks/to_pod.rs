@@ -10,6 +10,7 @@ use crate::{
     family::{Family, V4, V6},
     flow, fragment, icmp,
     local::{self, Local},
+    packet::Packet,
     scratch,
     verdict::Verdict,
 };
@@ -40,11 +41,25 @@ fn forward<F: Family>(ctx: &TcContext, receiver: Local) -> Result<Verdict, DropR
         // Whether it belongs to a translated connection cannot be told without its first.
         return Err(DropReason::FragmentNotFound);
     }
-    if flow::find::<F>(ctx, Hook::ToPod, packet, None).is_some() {
-        return deliver::to_stack::<F>(ctx, packet);
+    // Replies of the node itself; then those of endpoints that the stack reached by a device
+    // without our programs, and the stack's own errors about such connections.
+    if let Some(verdict) = translate::<F>(ctx, packet)? {
+        return Ok(verdict);
     }
-    if icmp::is_error(packet) {
-        icmp::translate_error::<F>(ctx, packet)?;
+    packet.key.scope = scope::UNDERLAY;
+    Ok(translate::<F>(ctx, packet)?.unwrap_or(Verdict::STACK))
+}
+
+#[inline(always)]
+fn translate<F: Family>(
+    ctx: &TcContext,
+    packet: &mut Packet<F::Address>,
+) -> Result<Option<Verdict>, DropReason> {
+    if flow::find::<F>(ctx, Hook::ToPod, packet, None)?.is_some() {
+        return deliver::to_stack::<F>(ctx, packet).map(Some);
     }
-    Ok(Verdict::STACK)
+    if icmp::is_error(packet) && icmp::translate_error::<F>(ctx, packet)?.is_some() {
+        return Ok(Some(Verdict::STACK));
+    }
+    Ok(None)
 }
