@@ -4,17 +4,13 @@ use std::{fs, process::Command};
 
 use anyhow::{Context as _, Result};
 
-use crate::report::{Section, Table};
-
-/// The machine, the kernel, the time and the version of the source.
+/// The machine, the kernel, the time, the source and the load, in a sentence. It stands at each
+/// part of the page, as each can be measured alone.
 ///
 /// # Errors
 ///
 /// `/proc` cannot be read.
-pub fn section() -> Result<Section> {
-    let mut section = Section::new("machine", "The machine");
-    let mut table = Table::new("Measured with", &["", ""]);
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+pub fn sentence() -> Result<String> {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let memory = fs::read_to_string("/proc/meminfo")?;
     let memory = memory
@@ -24,26 +20,17 @@ pub fn section() -> Result<Section> {
         .context("/proc/meminfo has no line MemTotal")?;
     let load = fs::read_to_string("/proc/loadavg")?;
     let load = load.split_whitespace().next().unwrap_or_default();
-    for (name, value) in [
-        ("command", format!("weir-bench {}", arguments.join(" "))),
-        ("date", output("date", &["-u", "+%Y-%m-%d %H:%M UTC"])),
-        (
-            "source",
-            output("git", &["describe", "--always", "--dirty"]),
-        ),
-        ("kernel", kernel.trim().to_owned()),
-        ("processor", processor()),
-        (
-            "processors",
-            std::thread::available_parallelism()?.to_string(),
-        ),
-        ("memory", format!("{:.0} GiB", memory / 1024.0 / 1024.0)),
-        ("load before", load.to_owned()),
-    ] {
-        table.row([name.to_owned(), value]);
-    }
-    section.table(&table);
-    Ok(section)
+    let what: Vec<String> = std::env::args().skip(1).collect();
+    Ok(format!(
+        "Measured {} with `weir-bench {}` at {}; Linux {}, {} processors ({}), {:.0} GiB, load before {load}.",
+        output("date", &["-u", "+%Y-%m-%d %H:%M UTC"]),
+        what.join(" "),
+        output("git", &["describe", "--always", "--dirty"]),
+        kernel.trim(),
+        std::thread::available_parallelism()?,
+        processor(),
+        memory / 1024.0 / 1024.0,
+    ))
 }
 
 fn processor() -> String {

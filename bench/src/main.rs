@@ -73,7 +73,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     } else {
         &arguments.what
     };
-    let mut sections = vec![machine::section()?];
+    let mut sections = Vec::new();
     for part in all.iter().filter(|part| parts.contains(part)) {
         sections.push(match part {
             Part::Packets => packets::run(effort)?,

@@ -4,6 +4,8 @@ use std::{fmt::Write as _, fs, path::Path};
 
 use anyhow::{Context as _, Result};
 
+use crate::machine;
+
 /// A table with a heading.
 #[derive(Debug)]
 pub struct Table {
@@ -72,12 +74,18 @@ pub struct Section {
 }
 
 impl Section {
-    /// An empty one; `name` is that of the command's argument.
-    pub fn new(name: &'static str, title: &str) -> Self {
-        Self {
+    /// One that says when and where it was measured; `name` is that of the command's argument.
+    ///
+    /// # Errors
+    ///
+    /// As [`machine::sentence`].
+    pub fn new(name: &'static str, title: &str) -> Result<Self> {
+        let mut section = Self {
             name,
             text: format!("## {title}\n"),
-        }
+        };
+        section.paragraph(&machine::sentence()?);
+        Ok(section)
     }
 
     /// Adds and prints a paragraph.

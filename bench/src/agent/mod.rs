@@ -56,7 +56,7 @@ pub fn run(effort: Effort, rival: Option<&Path>) -> Result<Section> {
         Effort::Quick => (3, 30, 30),
         Effort::Full => (11, 100, 300),
     };
-    let mut section = Section::new("agent", "Agent and plugin");
+    let mut section = Section::new("agent", "Agent and plugin")?;
     small(&mut section, rival, starts, pods)?;
     large(&mut section, changes)?;
     tables::run(&mut section, changes * 10)?;

@@ -48,7 +48,7 @@ impl Plan {
     const fn of(effort: Effort) -> Self {
         let (pairs, repeat, rounds) = match effort {
             Effort::Quick => (7, 100_000, 3),
-            Effort::Full => (31, 200_000, 9),
+            Effort::Full => (15, 150_000, 5),
         };
         Self {
             flows: [1, 8_000, 100_000],
@@ -77,7 +77,7 @@ pub fn run(effort: Effort) -> Result<Section> {
 
 fn measure(plan: Plan) -> Result<Section> {
     isolate()?;
-    let mut section = Section::new("packets", "Nanoseconds per packet");
+    let mut section = Section::new("packets", "Nanoseconds per packet")?;
     section.paragraph(&format!(
         "Time in the program for a TCP packet of 64 bytes (IPv6: 80), `BPF_PROG_TEST_RUN`. A wrapper restores the \
          packet before each repetition and calls the program; the same wrapper around an empty program is \

@@ -92,7 +92,7 @@ pub fn run(effort: Effort) -> Result<Section> {
         Effort::Quick => (3, Duration::from_millis(200)),
         Effort::Full => (9, Duration::from_millis(500)),
     };
-    let mut section = Section::new("pods", "Pods");
+    let mut section = Section::new("pods", "Pods")?;
     section.paragraph(&format!(
         "Two nodes on a bridge, all in network namespaces of one machine; client on one processor, server on another. \
          {rounds} rounds; in each, every path is measured for {} ms, one after the other. Ratios are to the path \
