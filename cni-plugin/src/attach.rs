@@ -4,7 +4,7 @@ use crate::{
     agent::{Agent, Reservation},
     configuration::Configuration,
     environment::Environment,
-    error::{CniError, code},
+    error::CniError,
     netns::Netns,
     output, wiring,
 };
@@ -13,7 +13,7 @@ use crate::{
 ///
 /// # Errors
 ///
-/// See [`code`]; nothing of this call is left then, as far as it could be undone.
+/// See [`crate::error::code`]; nothing of this call is left then, as far as it could be undone.
 pub async fn add(
     configuration: &Configuration,
     environment: &Environment,

@@ -318,6 +318,47 @@ fn begin<F: Family>(
     entry.bytes = 0;
 }
 
+/// Whether replies to a packet that needs no entry would be taken for those of a connection that
+/// has one: 1 or 0. The packet then needs an entry and another source port. A connection that is
+/// over makes way instead. (The body of [`Family::reply_tuple_is_taken`].)
+#[inline(always)]
+pub fn reply_tuple_is_taken<F: Family>() -> u32 {
+    let Ok(config) = local::config() else {
+        return 0;
+    };
+    let Ok(packet) = scratch::packet::<F>() else {
+        return 0;
+    };
+    let Ok(Work {
+        decision,
+        reply_key,
+        ..
+    }) = scratch::decision::<F>()
+    else {
+        return 0;
+    };
+    if decision.stateful != 0 {
+        return 0;
+    }
+    reply_key.source = packet.key.destination;
+    reply_key.destination = packet.key.source;
+    reply_key.source_port = packet.key.destination_port;
+    reply_key.destination_port = packet.key.source_port;
+    reply_key.protocol = packet.key.protocol;
+    reply_key.scope = decision.reply_scope;
+    reply_key.reserved = 0;
+    let Some(glance) = look_at::<F>(reply_key) else {
+        return 0;
+    };
+    let timeout = config.timeouts.of(glance.state);
+    if !glance.over && glance.idle(now()) <= timeout.saturating_mul(flow::TICKS_PER_SECOND) {
+        return 1;
+    }
+    remove::<F>(&glance.partner);
+    remove::<F>(reply_key);
+    0
+}
+
 /// Inserts the reply entry. Returns 0, or 1 if its tuple belongs to another connection.
 #[inline(never)]
 fn claim_reply_tuple<F: Family>(packet: &Packet<F::Address>) -> u32 {

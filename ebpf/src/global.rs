@@ -40,3 +40,17 @@ pub extern "C" fn commit_v4(skb: *mut __sk_buff, hook: u32, sender: u32) -> u32 
 pub extern "C" fn commit_v6(skb: *mut __sk_buff, hook: u32, sender: u32) -> u32 {
     flow::enter::<V6>(&TcContext::new(skb), hook, sender)
 }
+
+/// See [`flow::reply_tuple_is_taken`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn reply_tuple_is_taken_v4() -> u32 {
+    flow::reply_tuple_is_taken::<V4>()
+}
+
+/// See [`flow::reply_tuple_is_taken`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn reply_tuple_is_taken_v6() -> u32 {
+    flow::reply_tuple_is_taken::<V6>()
+}

@@ -86,6 +86,13 @@ impl<A: Address> Packet<A> {
             && self.tcp_flags & (tcp_flag::SYN | tcp_flag::ACK) == tcp_flag::SYN
     }
 
+    /// Whether it can be the first of a connection of a protocol whose ports can be changed: a SYN,
+    /// or any UDP packet.
+    #[inline(always)]
+    pub fn may_begin_flow(&self) -> bool {
+        self.is_syn() || self.key.protocol == protocol::UDP
+    }
+
     /// Largest layer-3 length that this packet will have on the wire, bytes: of one segment if
     /// the device will cut it.
     #[inline(always)]

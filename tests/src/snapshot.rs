@@ -16,7 +16,7 @@ use crate::Node;
 pub struct Snapshot(BTreeMap<&'static str, BTreeSet<String>>);
 
 /// The kernel gives devices their link-local addresses in its own time.
-fn is_lasting(line: &String) -> bool {
+fn is_lasting(line: &str) -> bool {
     !line.contains("fe80:")
 }
 
@@ -46,7 +46,7 @@ impl Snapshot {
                 what,
                 text.lines()
                     .map(|line| line.trim().to_owned())
-                    .filter(is_lasting)
+                    .filter(|line| is_lasting(line))
                     .collect(),
             );
         }

@@ -85,6 +85,8 @@ pub trait Family: Sized {
 
     /// [`crate::decide::decide`] as a global function.
     fn decide(sender: u32, ports_known: u32) -> u32;
+    /// [`crate::flow::reply_tuple_is_taken`] as a global function.
+    fn reply_tuple_is_taken() -> u32;
     /// [`crate::flow::enter`] as a global function.
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32;
 }

@@ -195,6 +195,10 @@ impl Family for V4 {
         global::decide_v4(sender, ports_known)
     }
     #[inline(always)]
+    fn reply_tuple_is_taken() -> u32 {
+        global::reply_tuple_is_taken_v4()
+    }
+    #[inline(always)]
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {
         global::commit_v4(ctx.skb.skb, hook, sender)
     }

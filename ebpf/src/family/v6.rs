@@ -190,6 +190,10 @@ impl Family for V6 {
         global::decide_v6(sender, ports_known)
     }
     #[inline(always)]
+    fn reply_tuple_is_taken() -> u32 {
+        global::reply_tuple_is_taken_v6()
+    }
+    #[inline(always)]
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {
         global::commit_v6(ctx.skb.skb, hook, sender)
     }

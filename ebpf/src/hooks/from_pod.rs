@@ -85,7 +85,13 @@ fn forward<F: Family>(
         None if has_flows && icmp::is_error(packet) => {
             Hop::find(next_hop_of_error::<F>(ctx, sender, packet)?)?
         }
-        None => Hop::find(decide_and_commit::<F>(ctx, sender, packet, ports_known)?)?,
+        None => Hop::find(decide_and_commit::<F>(
+            ctx,
+            sender,
+            packet,
+            ports_known,
+            has_flows,
+        )?)?,
     };
     deliver::deliver::<F>(ctx, Hook::FromPod, packet, hop)
 }
@@ -97,8 +103,13 @@ fn decide_and_commit<F: Family>(
     sender: Local,
     packet: &mut Packet<F::Address>,
     ports_known: bool,
+    has_flows: bool,
 ) -> Result<u32, DropReason> {
     decide::from_pod::<F>(sender.number, ports_known)?;
+    // Its replies must not be taken for those of a connection through a Service.
+    if has_flows && packet.may_begin_flow() && F::reply_tuple_is_taken() != 0 {
+        scratch::decision::<F>()?.decision.stateful = 1;
+    }
     if scratch::decision::<F>()?.decision.stateful != 0 {
         flow::commit::<F>(ctx, Hook::FromPod, sender.number)?;
         packet.rewrite.copy_from(&scratch::decision::<F>()?.forward);
