@@ -13,7 +13,7 @@ use crate::{
         Bed, CLIENT, Case, Lookups, OTHER, SERVER, Seen, Verdict, delivered_macs,
         for_both_families, leaving_macs,
     },
-    packet::{ACK, Icmp, L4, Packet, SYN, echo, sctp, tcp, udp},
+    packet::{ACK, Icmp, L4, Packet, RST, SYN, echo, sctp, tcp, udp},
 };
 
 /// An established connection: the promise.
@@ -309,10 +309,15 @@ fn two_frontends_of_one_endpoint_and_one_client_port() {
                     .destination_port(8080)
                     .forwarded();
                 assert_eq!(seen.output.frame, out.frame());
+                // A SYN looks at both directions: is the connection over?
+                let lookups = Lookups {
+                    flow: if protocol == Protocol::Tcp { 3 } else { 1 },
+                    ..Lookups::default()
+                };
                 bed.check(
                     Case::from_pod("the next keeps its port", CLIENT, &request, Verdict::Remote)
                         .out(&out)
-                        .lookups(ESTABLISHED),
+                        .lookups(lookups),
                 );
                 ports.push(port);
             }
@@ -362,7 +367,8 @@ fn the_direct_way_to_an_endpoint_stays_beside_the_service() {
         ] {
             let packet = bed.leaving(from, bed.pod(to), l4);
             let out = packet.clone().with_macs(delivered_macs(to)).forwarded();
-            let flow = u64::from(from != OTHER);
+            // A SYN also asks whether its reply tuple is free.
+            let flow = u64::from(from != OTHER) + u64::from(name == "there");
             bed.check(
                 Case::from_pod(name, from, &packet, Verdict::Local)
                     .out(&out)
@@ -384,9 +390,71 @@ fn the_direct_way_to_an_endpoint_stays_beside_the_service() {
                 }),
         );
         let packet = bed.host_sends(bed.node(), CLIENT, tcp(8080, 40000, ACK));
+        // It may be a reply to the node, or one that came by a device without our programs.
         bed.check(
-            Case::to_pod("the node's own", CLIENT, &packet, Verdict::Stack).lookups(ESTABLISHED),
+            Case::to_pod("the node's own", CLIENT, &packet, Verdict::Stack).lookups(Lookups {
+                flow: 2,
+                ..Lookups::default()
+            }),
         );
+    });
+}
+
+#[test]
+fn a_direct_connection_does_not_get_the_replies_of_a_service() {
+    for_both_families(|bed| {
+        for (index, protocol, service, direct) in [
+            (1, Protocol::Tcp, tcp(40000, 80, SYN), tcp(40000, 8080, SYN)),
+            (2, Protocol::Udp, udp(40000, 80), udp(40000, 8080)),
+        ] {
+            bed.service(index, protocol, 80, &[(bed.remote_pod(9), 8080)]);
+            let request = bed.leaving(CLIENT, bed.cluster_ip(index), service);
+            assert_eq!(bed.pod_sends(CLIENT, &request).verdict, Verdict::Remote);
+            let request = bed.leaving(CLIENT, bed.remote_pod(9), direct);
+            let seen = bed.pod_sends(CLIENT, &request);
+            assert_eq!(seen.verdict, Verdict::Remote);
+            let port = source_port(bed, &seen);
+            assert!((61000..=65534).contains(&port), "{port}");
+            let back = match protocol {
+                Protocol::Tcp => tcp(8080, port, ACK),
+                _ => udp(8080, port),
+            };
+            let reply = bed.incoming(bed.remote_pod(9), bed.pod(CLIENT), back);
+            let translated = reply
+                .clone()
+                .destination_port(40000)
+                .with_macs(delivered_macs(CLIENT))
+                .forwarded();
+            bed.check(
+                Case::from_netdev("reply", &reply, Verdict::Local)
+                    .out(&translated)
+                    .lookups(ESTABLISHED),
+            );
+        }
+    });
+}
+
+#[test]
+fn a_connection_that_is_over_leaves_its_tuple() {
+    for_both_families(|bed| {
+        bed.service(1, Protocol::Tcp, 80, &[(bed.remote_pod(9), 8080)]);
+        let request = bed.leaving(CLIENT, bed.cluster_ip(1), tcp(40000, 80, SYN));
+        let reset = bed.incoming(bed.remote_pod(9), bed.pod(CLIENT), tcp(8080, 40000, RST));
+        // To the same Service: it begins anew and remembers nothing of the reset.
+        assert_eq!(bed.pod_sends(CLIENT, &request).verdict, Verdict::Remote);
+        assert_eq!(bed.wire_brings(&reset).verdict, Verdict::Local);
+        assert_eq!(bed.pod_sends(CLIENT, &request).verdict, Verdict::Remote);
+        let flows = bed.flows();
+        assert_eq!(flows.len(), 2);
+        assert!(flows.iter().all(|(_, entry)| entry.tcp_flags & RST == 0));
+        // To the endpoint itself: it needs no entry and no other port.
+        assert_eq!(bed.wire_brings(&reset).verdict, Verdict::Local);
+        let direct = bed.leaving(CLIENT, bed.remote_pod(9), tcp(40000, 8080, SYN));
+        bed.check(
+            Case::from_pod("direct", CLIENT, &direct, Verdict::Remote)
+                .out(&direct.clone().forwarded()),
+        );
+        assert!(bed.flows().is_empty());
     });
 }
 
