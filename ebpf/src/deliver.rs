@@ -62,6 +62,10 @@ impl Hop {
     /// The endpoint, if it is one. Its address passes a move that the compiler cannot see through:
     /// else it asks for the number again later, which the verifier of kernel 6.1 has forgotten by then
     /// and so follows both ways with either row.
+    #[expect(
+        clippy::pointers_in_nomem_asm_block,
+        reason = "the address itself passes, nothing is read through it"
+    )]
     #[inline(always)]
     fn endpoint(&self) -> Option<&'static Endpoint> {
         let mut row = match self {

@@ -304,7 +304,7 @@ fn finish(ctx: &TcContext, header: u32, quote: u32, pseudo: Option<(&Ipv6, &Ipv6
         sum.pseudo_length = length.to_be();
         sum.pseudo_next_header = u32::from(protocol::ICMPV6).to_be();
     }
-    if length > ICMP + QUOTE_MAX || length < ICMP {
+    if !(ICMP..=ICMP + QUOTE_MAX).contains(&length) {
         return 5;
     }
     // SAFETY: `message` has room for the largest length.

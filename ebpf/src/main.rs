@@ -12,6 +12,13 @@
         reason = "read-modify-write atomics have no stable door on BPF"
     )
 )]
+#![cfg_attr(
+    target_arch = "bpf",
+    allow(
+        clippy::needless_borrows_for_generic_args,
+        reason = "keys and values of maps given by value are copied to the stack of 512 bytes"
+    )
+)]
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

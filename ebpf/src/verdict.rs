@@ -78,7 +78,7 @@ pub fn conclude(ctx: &TcContext, hook: Hook, result: Result<Verdict, DropReason>
         ((word >> 8) as u8, i32::from(word as u8 as i8))
     } else {
         event::report_drop(ctx, hook, word as u8);
-        (word as u8, TC_ACT_SHOT as i32)
+        (word as u8, TC_ACT_SHOT)
     };
     count(hook, outcome, ctx.len());
     action

@@ -42,7 +42,7 @@ pub fn restore<const WORDS: usize>(ctx: &TcContext) -> i32 {
         // SAFETY: the target is a program of this type.
         unsafe { TARGET.tail_call(ctx, 0) };
     }
-    TC_ACT_SHOT as i32
+    TC_ACT_SHOT
 }
 
 #[inline(always)]

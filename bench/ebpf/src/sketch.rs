@@ -84,7 +84,7 @@ const TCP_CHECKSUM: u32 = 14 + 20 + 16;
 /// See the module.
 #[inline(always)]
 pub fn sketch(ctx: &TcContext, table: &impl Table) -> i32 {
-    translate(ctx, table).unwrap_or(TC_ACT_SHOT as i32)
+    translate(ctx, table).unwrap_or(TC_ACT_SHOT)
 }
 
 #[inline(always)]
