@@ -134,5 +134,7 @@ fn mirror() -> Result<String> {
     text.lines()
         .find_map(|line| line.trim_end_matches('/').strip_suffix("/debian"))
         .map(str::to_owned)
-        .context("apt knows no Debian mirror: add one to /etc/apt/sources.list, then apt-get update")
+        .context(
+            "apt knows no Debian mirror: add one to /etc/apt/sources.list, then apt-get update",
+        )
 }
