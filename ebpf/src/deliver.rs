@@ -17,15 +17,16 @@ use crate::{
     access, family::Family, icmp, local, maps, packet::Packet, switches, verdict::Verdict,
 };
 
-/// A next hop, looked up.
+/// A next hop, looked up: a pod of this node, a neighbour on a device, or neither, the node's own
+/// stack.
+///
+/// Two pointers instead of an enum. The compiler keeps the variant of an enum apart from its pointer and
+/// asks for the variant later, which the verifier of kernel 6.1 has forgotten by then, so that it follows
+/// either way with either row. Of a pointer it remembers whether it is null.
 #[derive(Clone, Copy)]
-pub enum Hop {
-    /// A pod of this node.
-    Endpoint(&'static Endpoint),
-    /// A neighbour on a device.
-    Neighbour(&'static NextHop),
-    /// The node's own stack.
-    Stack,
+pub struct Hop {
+    endpoint: Option<&'static Endpoint>,
+    neighbour: Option<&'static NextHop>,
 }
 
 impl Hop {
@@ -34,58 +35,64 @@ impl Hop {
     pub fn find(number: u32) -> Result<Self, DropReason> {
         if next_hop::is_endpoint(number) {
             let local = local::by_number(number).ok_or(DropReason::StaleEndpoint)?;
-            return Ok(Self::Endpoint(local.row));
+            return Ok(Self::new(Some(local.row), None));
         }
         if number == next_hop::HOST {
-            return Ok(Self::Stack);
+            return Ok(Self::new(None, None));
         }
         let row = maps::NEXT_HOPS
             .get(number.wrapping_sub(next_hop::FIRST_ROW))
             .ok_or(DropReason::NoNextHop)?;
         match row.kind {
-            next_hop::kind::NEIGHBOUR => Ok(Self::Neighbour(row)),
-            next_hop::kind::HOST => Ok(Self::Stack),
+            next_hop::kind::NEIGHBOUR => Ok(Self::new(None, Some(row))),
+            next_hop::kind::HOST => Ok(Self::new(None, None)),
             _ => Err(DropReason::NoNextHop),
+        }
+    }
+
+    /// A pod of this node.
+    #[inline(always)]
+    pub fn of_endpoint(row: &'static Endpoint) -> Self {
+        Self::new(Some(row), None)
+    }
+
+    #[inline(always)]
+    fn new(endpoint: Option<&'static Endpoint>, neighbour: Option<&'static NextHop>) -> Self {
+        Self {
+            endpoint: opaque(endpoint),
+            neighbour: opaque(neighbour),
         }
     }
 
     /// Generation of the row, by which a flow recognises that it means another now.
     #[inline(always)]
     pub fn generation(&self) -> u32 {
-        match self {
-            Self::Endpoint(row) => row.generation,
-            Self::Neighbour(row) => row.generation,
-            Self::Stack => 0,
-        }
-    }
-
-    /// The endpoint, if it is one. Its address passes a move that the compiler cannot see through:
-    /// else it asks for the number again later, which the verifier of kernel 6.1 has forgotten by then
-    /// and so follows both ways with either row.
-    #[expect(
-        clippy::pointers_in_nomem_asm_block,
-        reason = "the address itself passes, nothing is read through it"
-    )]
-    #[inline(always)]
-    fn endpoint(&self) -> Option<&'static Endpoint> {
-        let mut row = match self {
-            Self::Endpoint(row) => core::ptr::from_ref::<Endpoint>(row),
-            _ => core::ptr::null(),
-        };
-        // SAFETY: a move of a register to itself; the address is that of a row, or null.
-        unsafe {
-            core::arch::asm!("{0} = {0}", inout(reg) row, options(nomem, nostack, preserves_flags));
-            row.as_ref()
+        match (self.endpoint, self.neighbour) {
+            (Some(row), _) => row.generation,
+            (None, Some(row)) => row.generation,
+            (None, None) => 0,
         }
     }
 
     /// Policy set that judges what goes there.
     #[inline(always)]
     pub fn ingress_set(&self) -> u32 {
-        match self {
-            Self::Endpoint(row) => row.ingress_set,
-            _ => 0,
-        }
+        self.endpoint.map_or(0, |row| row.ingress_set)
+    }
+}
+
+/// A reference, or null, of which the compiler does not know where it came from.
+#[expect(
+    clippy::pointers_in_nomem_asm_block,
+    reason = "the address itself passes, nothing is read through it"
+)]
+#[inline(always)]
+fn opaque<T>(row: Option<&'static T>) -> Option<&'static T> {
+    let mut address = row.map_or(core::ptr::null(), core::ptr::from_ref::<T>);
+    // SAFETY: a move of a register to itself; the address is that of a row, or null.
+    unsafe {
+        core::arch::asm!("{0} = {0}", inout(reg) address, options(nomem, nostack, preserves_flags));
+        address.as_ref()
     }
 }
 
@@ -97,11 +104,10 @@ pub fn deliver<F: Family>(
     packet: &Packet<F::Address>,
     hop: Hop,
 ) -> Result<Verdict, DropReason> {
-    let endpoint = hop.endpoint();
-    let mtu = match (endpoint, hop) {
+    let mtu = match (hop.endpoint, hop.neighbour) {
         (Some(row), _) => row.mtu,
-        (None, Hop::Neighbour(row)) => u32::from(row.mtu),
-        _ => return to_stack::<F>(ctx, packet),
+        (None, Some(row)) => u32::from(row.mtu),
+        (None, None) => return to_stack::<F>(ctx, packet),
     };
     if packet.wire_length(ctx) > mtu {
         if packet.dont_fragment == 0 {
@@ -118,22 +124,22 @@ pub fn deliver<F: Family>(
         packet.rewrite.write::<F>(ctx, packet)?;
     }
     F::decrement_ttl(ctx)?;
-    if let Some(row) = endpoint {
+    if let Some(row) = hop.endpoint {
         write_macs(ctx, row)?;
     }
     if rewrite {
         packet.rewrite.fix_checksum::<F>(ctx, packet)?;
     }
-    Ok(match (endpoint, hop) {
+    Ok(match (hop.endpoint, hop.neighbour) {
         (Some(row), _) => {
             // SAFETY: no preconditions; a device that is gone makes the helper drop the packet.
             Verdict::local(unsafe { bpf_redirect_peer(row.ifindex, 0) } as i32)
         }
-        (None, Hop::Neighbour(row)) => {
+        (None, Some(row)) => {
             ctx.set_mark(access::mark(ctx) | mark::DONE << switches::mark_shift());
             Verdict::remote(redirect_to_neighbour(row))
         }
-        _ => Verdict::STACK,
+        (None, None) => Verdict::STACK,
     })
 }
 

@@ -70,5 +70,10 @@ fn to_local_pod<F: Family>(
     }
     decide::check_outside_source::<F>(config, packet.key.source)?;
     policy::judge(receiver.row.ingress_set)?;
-    deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, Hop::Endpoint(receiver.row))
+    deliver::deliver::<F>(
+        ctx,
+        Hook::FromNetdev,
+        packet,
+        Hop::of_endpoint(receiver.row),
+    )
 }
