@@ -352,7 +352,7 @@ fn a_full_table_is_named_and_everything_else_goes_on() {
 }
 
 #[test]
-fn an_explicit_prefix_wins_over_a_service_at_the_same_address() {
+fn a_service_wins_over_what_else_has_its_address() {
     let fs = BpfFs::new();
     let mut datapath = fs.open();
     let address = cluster_ip(Family::V4, 1);
@@ -374,10 +374,10 @@ fn an_explicit_prefix_wins_over_a_service_at_the_same_address() {
     datapath
         .set_ipcache(prefix, class::THIS_NODE, weir_agent::datapath::HopRef::Host)
         .unwrap();
-    assert_eq!(class_of(), Some(class::THIS_NODE));
-    datapath.remove_ipcache(prefix).unwrap();
     assert_eq!(class_of(), Some(class::SERVICE));
     datapath.apply_service(&key(Family::V4, 1), None).unwrap();
+    assert_eq!(class_of(), Some(class::THIS_NODE));
+    datapath.remove_ipcache(prefix).unwrap();
     assert_eq!(class_of(), None);
 }
 
