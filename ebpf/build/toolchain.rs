@@ -165,6 +165,9 @@ impl Toolchain {
         [
             linker,
             "-Clink-arg=--btf".into(),
+            // The linker tells LLVM to copy in order, and LLVM then turns every memset and memmove of more than a
+            // word into a call that goes byte by byte.
+            "-Clink-arg=--disable-expand-memcpy-in-order".into(),
             format!("-Ctarget-cpu={TARGET_CPU}").into(),
             // Layout of the registers of traced functions; aya-ebpf asks for it.
             format!("--cfg=bpf_target_arch=\"{arch}\"").into(),

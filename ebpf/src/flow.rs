@@ -51,6 +51,7 @@ pub fn find<F: Family>(
 ) -> Result<Option<Hop>, DropReason> {
     maps::count_lookup(Lookup::Flow);
     let Some(place) = F::flows().get_ptr_mut(&packet.key) else {
+        packet.is_unknown = 1;
         return Ok(None);
     };
     // SAFETY: see above; every bit pattern of an entry is valid.
@@ -428,11 +429,13 @@ fn publish<F: Family>(packet: &Packet<F::Address>) -> u32 {
         return 1;
     };
     rewrite::complete(forward, &packet.key);
-    maps::count_lookup(Lookup::FlowUpdate);
-    if F::flows()
-        .insert(&packet.key, &*forward, u64::from(BPF_ANY))
-        .is_err()
-    {
+    let entered = packet.is_unknown != 0 && {
+        maps::count_lookup(Lookup::FlowUpdate);
+        F::flows()
+            .insert(&packet.key, &*forward, u64::from(BPF_NOEXIST))
+            .is_ok()
+    };
+    if !entered && replace::<F>(&packet.key, forward, reply_key) != 0 {
         remove::<F>(reply_key);
         return 1;
     }
@@ -443,6 +446,24 @@ fn publish<F: Family>(packet: &Packet<F::Address>) -> u32 {
         local::note_flows(target);
     }
     0
+}
+
+/// Puts the forward entry in place of one that another processor has entered for the same tuple
+/// since, or that is stale. When endpoints have just changed that one may lead elsewhere: its
+/// replying half goes with it. Returns 0, or 1 if there was no room.
+#[inline(always)]
+fn replace<F: Family>(
+    key: &FlowKey<F::Address>,
+    forward: &FlowEntry<F::Address>,
+    reply_key: &FlowKey<F::Address>,
+) -> u32 {
+    if let Some(other) = look_at::<F>(key)
+        && other.partner != *reply_key
+    {
+        remove::<F>(&other.partner);
+    }
+    maps::count_lookup(Lookup::FlowUpdate);
+    u32::from(F::flows().insert(key, forward, u64::from(BPF_ANY)).is_err())
 }
 
 /// What the ring and `commit` need to know of a connection.

@@ -49,6 +49,8 @@ pub struct Packet<A> {
     pub icmp_type: u8,
     /// 1: may not be fragmented (always so in IPv6).
     pub dont_fragment: u8,
+    /// 1: the flow table was asked a moment ago and has nothing for this tuple.
+    pub is_unknown: u8,
     /// How it is translated; nothing as long as its flags are zero.
     pub rewrite: Rewrite<A>,
 }
@@ -70,6 +72,7 @@ impl<A: Address> Packet<A> {
         self.tcp_header = 0;
         self.icmp_type = 0;
         self.dont_fragment = 1;
+        self.is_unknown = 0;
         self.rewrite.flags = 0;
     }
 

@@ -24,10 +24,13 @@ pub const NO_PLACE: u32 = u32::MAX;
 /// returns. A stale connection of the same tuple leaves its own place to the new one.
 #[inline(always)]
 pub fn take_place<F: Family>(packet: &Packet<F::Address>) -> u32 {
-    match take_over::<F>(packet) {
-        NO_PLACE => find_place::<F>(),
-        place => place,
+    if packet.is_unknown == 0 {
+        let place = take_over::<F>(packet);
+        if place != NO_PLACE {
+            return place;
+        }
     }
+    find_place::<F>()
 }
 
 /// Removes the other half of a stale connection of the same tuple and gives its place, or

@@ -62,11 +62,9 @@ impl<const N: usize, const F: usize> Table for LruHashMap<Key, Entry, N, F> {
     }
 }
 
-/// Ethernet, IPv4 without options, and the part of TCP that matters.
+/// IPv4 without options, and the part of TCP that matters.
 #[repr(C)]
 struct Headers {
-    macs: [u16; 6],
-    ether_type: u16,
     version: u8,
     tos: u8,
     words: [u16; 3],
@@ -79,6 +77,9 @@ struct Headers {
     destination_port: Port,
 }
 
+const ETHERNET: usize = 14;
+const _: () = assert!(size_of::<Headers>() == 20 + 4);
+
 const TCP_CHECKSUM: u32 = 14 + 20 + 16;
 
 /// See the module.
@@ -89,10 +90,11 @@ pub fn sketch(ctx: &TcContext, table: &impl Table) -> i32 {
 
 #[inline(always)]
 fn translate(ctx: &TcContext, table: &impl Table) -> Option<i32> {
-    if ctx.data() + size_of::<Headers>() > ctx.data_end() {
+    let start = ctx.data() + ETHERNET;
+    if start + size_of::<Headers>() > ctx.data_end() {
         return None;
     }
-    let headers = ctx.data() as *mut Headers;
+    let headers = start as *mut Headers;
     // SAFETY: readable, checked above; BPF reads unaligned words.
     let key = unsafe {
         if (*headers).version != 0x45 || (*headers).protocol != protocol::TCP {

@@ -210,13 +210,18 @@ impl Lab {
         Ok(RawMap::new(&map)?)
     }
 
-    /// Forgets every connection.
+    /// Forgets every connection, and that its place in the flow ring was ever taken.
     ///
     /// # Errors
     ///
     /// The kernel's.
     pub fn clear_flows(&self, family: Family) -> Result<()> {
-        clear(&self.map(flows(family))?)
+        clear(&self.map(flows(family))?)?;
+        let ring = self.map(flow_ring(family))?;
+        let keys: Vec<u8> = (0..ring.max_entries()).flat_map(u32::to_ne_bytes).collect();
+        let values = vec![0; ring.max_entries() as usize * ring.value_size() as usize];
+        ring.update_batch(&keys, &values)?;
+        Ok(())
     }
 
     /// The tuples of the replies to connections that the flow table knows, as they come from the
@@ -285,6 +290,13 @@ const fn flows(family: Family) -> &'static str {
     match family {
         Family::V4 => "FLOWS_V4",
         Family::V6 => "FLOWS_V6",
+    }
+}
+
+const fn flow_ring(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "FLOW_RING_V4",
+        Family::V6 => "FLOW_RING_V6",
     }
 }
 

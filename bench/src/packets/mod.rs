@@ -412,7 +412,15 @@ impl Bench {
             expect(&before, &after, way, count)?;
             expect(&before, &after, outcome::FLOW_CREATED, count)?;
             let other = match &rival {
-                Some(rival) => self.harness.pair(rival, device, count)?,
+                Some(rival) => {
+                    let value = self.harness.pair(rival, device, count)?;
+                    let entries = rival_map.keys()?.len();
+                    ensure!(
+                        entries == 2 * tuples.len(),
+                        "the sketch has entered {entries} entries for {count} connections"
+                    );
+                    value
+                }
                 None => own,
             };
             pairs.push((own, other));
