@@ -49,6 +49,8 @@ pub struct Settings {
     pub address_rest: Duration,
     /// Idle times of connections.
     pub timeouts: Timeouts,
+    /// Whether RCU grace periods are shortened while programs are attached.
+    pub expedite_rcu: bool,
     /// Filter of the log, as `tracing_subscriber::EnvFilter` reads it.
     pub log: String,
     /// Format of the log.
@@ -295,6 +297,7 @@ impl Values {
                 udp: self.timeout("timeout-udp")?,
                 udp_stream: self.timeout("timeout-udp-stream")?,
             },
+            expedite_rcu: self.required("expedite-rcu", "true or false", boolean)?,
             log: self.required("log", "a filter", log_filter)?,
             log_format: self.required("log-format", "text or json", log_format)?,
         })
@@ -474,6 +477,14 @@ fn number(text: &str, min: u32, max: u32) -> Result<u32, Refusal> {
             Ok(value) if (min..=max).contains(&value) => Ok(value),
             _ => refuse("out of range", remedy),
         },
+    }
+}
+
+fn boolean(text: &str) -> Result<bool, Refusal> {
+    match text.trim() {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => refuse("neither true nor false", "give true or false"),
     }
 }
 

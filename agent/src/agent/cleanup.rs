@@ -7,7 +7,7 @@ use anyhow::Context as _;
 
 use super::start::datapath_options;
 use crate::{
-    datapath::Datapath,
+    datapath::{Datapath, expedite::Expedite},
     netlink::{Change, Netlink, RouteTarget, sysctl::Sysctls},
     settings::Settings,
 };
@@ -61,6 +61,8 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
             ));
         }
     }
+    // Takes back what an agent that was killed has left on.
+    let _ = Expedite::new(false);
     let switches = Sysctls::open(&settings.run_dir).restore();
     errors.extend(switches.iter().map(ToString::to_string));
     errors.extend(

@@ -95,6 +95,7 @@ pub(super) fn datapath_options(settings: &Settings) -> DatapathOptions {
         connections: settings.connections,
         services_max: settings.services_max,
         backends_max: settings.backends_max,
+        expedite_rcu: settings.expedite_rcu,
         ..DatapathOptions::default()
     }
 }

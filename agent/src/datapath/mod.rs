@@ -10,6 +10,7 @@
 pub mod attach;
 pub mod counters;
 pub mod events;
+pub mod expedite;
 pub mod flows;
 mod grace;
 mod layout;
@@ -52,6 +53,7 @@ use crate::{
     objects::Family,
 };
 use attach::Attacher;
+use expedite::Expedite;
 use tables::{
     endpoints::{EndpointMaps, LocalAddresses},
     services::ServiceMaps,
@@ -72,6 +74,9 @@ pub struct DatapathOptions {
     pub mark_shift: u32,
     /// Count table lookups; for tests.
     pub count_lookups: bool,
+    /// Shorten RCU grace periods of the machine while programs are attached and detached, see
+    /// [`expedite`].
+    pub expedite_rcu: bool,
 }
 
 impl Default for DatapathOptions {
@@ -83,6 +88,7 @@ impl Default for DatapathOptions {
             backends_max: limits::BACKENDS_DEFAULT,
             mark_shift: mark::shift_of(DEFAULT_MASK).unwrap_or_default(),
             count_lookups: false,
+            expedite_rcu: false,
         }
     }
 }
@@ -189,6 +195,7 @@ pub struct Pruned {
 pub struct Datapath {
     ebpf: Ebpf,
     attacher: Attacher,
+    expedite: Expedite,
     migrations: Vec<Migration>,
     config: ConfigTable,
     endpoints: EndpointTable,
@@ -270,6 +277,7 @@ impl Datapath {
                 folder: loaded.links.clone(),
                 mode,
             },
+            expedite: Expedite::new(options.expedite_rcu && mode == AttachMode::Tcx),
             migrations: std::mem::take(&mut loaded.migrations),
             config,
             endpoints,
@@ -304,6 +312,7 @@ impl Datapath {
     ///
     /// The device is gone or not the one meant, or the kernel's.
     pub fn attach_endpoint(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
+        let _held = self.expedite.hold();
         self.attach(Hook::ToPod, ifindex, device)?;
         self.attach(Hook::FromPod, ifindex, device)
     }
@@ -314,6 +323,7 @@ impl Datapath {
     ///
     /// The device is gone or not the one meant, or the kernel's.
     pub fn attach_device(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
+        let _held = self.expedite.hold();
         self.attach(Hook::ToNetdev, ifindex, device)?;
         self.attach(Hook::FromNetdev, ifindex, device)
     }
@@ -329,6 +339,7 @@ impl Datapath {
     ///
     /// A pin cannot be removed.
     pub fn detach(&self, ifindex: u32) -> Result<(), DatapathError> {
+        let _held = self.expedite.hold();
         self.attacher.detach(ifindex)
     }
 
@@ -348,6 +359,7 @@ impl Datapath {
     ///
     /// A pin cannot be removed.
     pub fn sweep_attachments(&self, keep: &BTreeSet<u32>) -> Result<BTreeSet<u32>, DatapathError> {
+        let _held = self.expedite.hold();
         self.attacher.sweep(keep)
     }
 

@@ -145,6 +145,13 @@ pub const ALL: &[Definition] = &[
         "Idle time of a UDP flow with answers, 1 to 2000000",
     ),
     define(
+        "expedite-rcu",
+        "BOOL",
+        Some("true"),
+        "Shorten the kernel's RCU grace periods while programs are attached to devices, for fast \
+         pod starts: true or false",
+    ),
+    define(
         "log",
         "FILTER",
         Some("info"),

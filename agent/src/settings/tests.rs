@@ -269,6 +269,12 @@ fn bad_values_name_setting_origin_value_and_remedy() {
             &["backends-max", "16 to 4194304"],
         ),
         (
+            &[SOURCE, ("expedite-rcu", "yes")],
+            &[],
+            None,
+            &["expedite-rcu", "\"yes\"", "true or false"],
+        ),
+        (
             &[SOURCE, ("address-rest", "1h")],
             &[],
             None,
