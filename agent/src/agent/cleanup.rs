@@ -13,7 +13,13 @@ use crate::{
 };
 
 /// What the run directory may hold that is ours.
-const FILES: [&str; 3] = ["agent.sock", "ipam.json", "agent.lock"];
+const FILES: [&str; 5] = [
+    "agent.sock",
+    "ipam.json",
+    "ipam.json.tmp",
+    "endpoint.json.tmp",
+    "agent.lock",
+];
 const DIRECTORIES: [&str; 1] = ["endpoints"];
 
 /// Removes everything that can be removed, and says so line by line to `tell`. What is not there

@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    thread,
 };
 
 use aya::{
@@ -56,9 +57,7 @@ pub(super) fn load(object: &[u8], options: &DatapathOptions) -> Result<Loaded, D
         .map_err(|error| DatapathError::Load(Box::new(error)))?;
     let migrations = plan.carry_over(&maps)?;
 
-    for name in HOOKS.map(Hook::name) {
-        load_program(&mut ebpf, name)?;
-    }
+    load_programs(&mut ebpf)?;
     Ok(Loaded {
         ebpf,
         migrations,
@@ -143,6 +142,35 @@ impl Globals {
             .override_global("COUNT_LOOKUPS", &self.count_lookups, true)
             .override_global("CSUM_IPV6_FLAG", &self.csum_ipv6_flag, true);
     }
+}
+
+/// Loads every program that is attached, each on a thread of its own: the verifier takes most of the
+/// time that the agent needs to start.
+fn load_programs(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
+    let names = HOOKS.map(Hook::name);
+    if let Some(missing) = names.iter().find(|name| ebpf.program(name).is_none()) {
+        return Err(DatapathError::Object(format!("has no program {missing}")));
+    }
+    let results: Vec<Result<(), DatapathError>> = thread::scope(|scope| {
+        let threads: Vec<_> = ebpf
+            .programs_mut()
+            .filter_map(|(name, program)| {
+                let name = *names.iter().find(|known| **known == name)?;
+                Some(scope.spawn(move || {
+                    let program: &mut SchedClassifier = program.try_into().map_err(|error| {
+                        DatapathError::Object(format!("program {name}: {error}"))
+                    })?;
+                    program.load().map_err(|error| refused(name, error))
+                }))
+            })
+            .collect();
+        let panicked = || Err(DatapathError::Object("loading a program panicked".into()));
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| panicked()))
+            .collect()
+    });
+    results.into_iter().collect()
 }
 
 /// Loads a program of the object.

@@ -1,12 +1,20 @@
 //! Files of the endpoint manager in the run directory: one for each endpoint, and `ipam.json`. They
 //! are replaced by renaming, so that a crash leaves the old or the new content; no `fsync`: a reboot
 //! ends the pods that they describe, too.
+//!
+//! A file that is replaced trades places with the temporary one, which serves again: making and
+//! deleting a file for each write would be the dearest part of adding a pod where the run directory
+//! is on a disk (ext4 looks at every file deleted lately before it makes one).
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, RenameFlags, renameat2},
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::spec::{Endpoint, EndpointKey};
@@ -14,6 +22,9 @@ use crate::ipam::IpamState;
 
 const ENDPOINTS: &str = "endpoints";
 const ALLOCATOR: &str = "ipam.json";
+/// What a file was before the last write, or is about to be.
+const ALLOCATOR_TEMPORARY: &str = "ipam.json.tmp";
+const ENDPOINT_TEMPORARY: &str = "endpoint.json.tmp";
 const TEMPORARY: &str = ".tmp";
 const QUARANTINE: &str = ".quarantine";
 
@@ -73,7 +84,12 @@ impl Store {
     }
 
     pub fn save_endpoint(&self, endpoint: &Endpoint) -> Result<(), StoreError> {
-        write(&self.endpoint_path(&endpoint.spec.key), endpoint)
+        let temporary = self.run_dir.join(ENDPOINT_TEMPORARY);
+        write(
+            &self.endpoint_path(&endpoint.spec.key),
+            &temporary,
+            endpoint,
+        )
     }
 
     pub fn remove_endpoint(&self, key: &EndpointKey) -> Result<(), StoreError> {
@@ -87,7 +103,8 @@ impl Store {
     }
 
     pub fn save_allocator(&self, state: &AllocatorState) -> Result<(), StoreError> {
-        write(&self.run_dir.join(ALLOCATOR), state)
+        let temporary = self.run_dir.join(ALLOCATOR_TEMPORARY);
+        write(&self.run_dir.join(ALLOCATOR), &temporary, state)
     }
 
     /// The allocator's state, or its default when there is none or it cannot be read; then with the
@@ -165,19 +182,27 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
     serde_json::from_slice(&text).map_err(|cause| cause.to_string())
 }
 
-fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+fn write<T: Serialize>(path: &Path, temporary: &Path, value: &T) -> Result<(), StoreError> {
     let text = serde_json::to_vec_pretty(value).map_err(|cause| StoreError::Encode {
         path: path.to_owned(),
         cause,
     })?;
-    let temporary = with_suffix(path, TEMPORARY);
-    fs::write(&temporary, text)
-        .and_then(|()| fs::rename(&temporary, path))
+    fs::write(temporary, text)
+        .and_then(|()| put_in_place(temporary, path))
         .map_err(|cause| {
             // Best effort: the next start removes it too.
-            let _ = fs::remove_file(&temporary);
+            let _ = fs::remove_file(temporary);
             io_error("write", path, cause)
         })
+}
+
+/// Trades places with the file at `path` if there is one, and the file system can do that.
+fn put_in_place(temporary: &Path, path: &Path) -> io::Result<()> {
+    let exchange = RenameFlags::RENAME_EXCHANGE;
+    match renameat2(AT_FDCWD, temporary, AT_FDCWD, path, exchange) {
+        Err(Errno::ENOENT | Errno::EINVAL | Errno::ENOSYS) => fs::rename(temporary, path),
+        result => result.map_err(io::Error::from),
+    }
 }
 
 fn set_aside(path: &Path, why: &str) -> String {
@@ -206,5 +231,32 @@ fn io_error(verb: &'static str, path: &Path, cause: io::Error) -> StoreError {
         verb,
         path: path.to_owned(),
         cause,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::*;
+
+    #[test]
+    fn replacing_a_file_makes_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let path = directory.path().join(ALLOCATOR);
+        let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+        let state = |next_number| AllocatorState {
+            next_number,
+            ..AllocatorState::default()
+        };
+        for number in [1, 2] {
+            store.save_allocator(&state(number)).unwrap();
+        }
+        let temporary = directory.path().join(ALLOCATOR_TEMPORARY);
+        let (one, other) = (inode(&path), inode(&temporary));
+        store.save_allocator(&state(3)).unwrap();
+        assert_eq!((inode(&path), inode(&temporary)), (other, one));
+        assert_eq!(store.load_allocator(&mut Vec::new()), state(3));
     }
 }
