@@ -52,16 +52,18 @@ impl Snapshot {
         }
         let mut run_files = files(&node.run_dir);
         // What switches were set is of the node, not of its pods, and a reboot of a namespace keeps them.
-        run_files.retain(|file| !file.ends_with("/sysctls.json"));
+        // Spare files are there once the first pod was.
+        run_files.retain(|file| !file.ends_with("/sysctls.json") && !file.ends_with(".json.tmp"));
         all.insert("files", run_files);
         all.insert("pins", files(&node.bpf_root));
         all.insert("endpoints", rows(&node.weir_json(&["endpoint", "list"])?));
-        for map in ["endpoint", "lb", "nexthop"] {
-            let what = match map {
-                "endpoint" => "endpoint rows",
-                "lb" => "Service rows",
-                _ => "next hops",
-            };
+        for (map, what) in [
+            ("endpoint", "endpoint rows"),
+            ("lb", "Service rows"),
+            ("nexthop", "next hops"),
+            ("ipcache", "prefixes"),
+            ("flow", "connections"),
+        ] {
             all.insert(what, rows(&node.weir_json(&["bpf", map, "list"])?));
         }
         let status = node.weir_json(&["status"])?;

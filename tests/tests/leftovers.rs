@@ -1,9 +1,12 @@
 //! Nothing is left behind: by reboots, crashes, missed calls, and many at once.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result};
-use weir_tests::{Cluster, Pod, TestResult, rounds, snapshot::Snapshot, traffic, wait_for};
+use weir_tests::{
+    Cluster, Pod, TestResult, cluster::cluster_ips, objects::Endpoint, rounds, snapshot::Snapshot,
+    traffic, wait_for,
+};
 
 const PORT: u16 = 8080;
 
@@ -161,7 +164,8 @@ impl Random {
     }
 }
 
-/// ADD, DEL, pods that vanish and agents that die, in any order; `WEIR_SEED` repeats one.
+/// ADD, DEL, pods that vanish and agents that die, also in the middle of an ADD, in any order, with
+/// connections through a Service; `WEIR_SEED` repeats one.
 #[test]
 fn random_sequences_leave_nothing() -> TestResult {
     let seed = match std::env::var("WEIR_SEED") {
@@ -172,12 +176,38 @@ fn random_sequences_leave_nothing() -> TestResult {
     let mut random = Random(seed);
     let cluster = Cluster::builder("random sequences").nodes(1).start()?;
     let node = &cluster.nodes()[0];
+    // A server that stays, so that pods leave connections behind.
+    let _server = node.serve(PORT)?;
+    let vips = cluster_ips(10);
+    let endpoint = |v6| anyhow::Ok(Endpoint::ready(node.address(v6)?, "node1", "node"));
+    cluster.service("node", &vips, PORT, &[endpoint(false)?, endpoint(true)?])?;
     let before = Snapshot::take(node)?;
     let mut pods: Vec<Pod> = Vec::new();
     let mut dead = false;
     for step in 0..rounds(50, 1000) {
-        match random.below(6) {
-            0..=2 if !dead && pods.len() < 20 => {
+        match random.below(8) {
+            0..=2 if dead => {
+                let pod = cluster.pod("node1", &format!("pod{step}"));
+                assert!(
+                    pod.is_err(),
+                    "step {step}: an ADD without an agent succeeds"
+                );
+            }
+            5 if !dead && pods.len() < 20 => {
+                let delay = Duration::from_micros(random.below(15_000) as u64);
+                let added = std::thread::scope(|scope| {
+                    let adding = scope.spawn(|| cluster.pod("node1", &format!("pod{step}")));
+                    // Any moment of the ADD will do, the more different ones the better.
+                    std::thread::sleep(delay);
+                    node.kill9_agent()?;
+                    dead = true;
+                    let panicked = |panic| std::panic::resume_unwind(panic);
+                    anyhow::Ok(adding.join().unwrap_or_else(panicked))
+                })?;
+                // One that failed must have undone itself, as far as it could without an agent.
+                pods.extend(added.ok());
+            }
+            0..=2 if pods.len() < 20 => {
                 let pod = cluster
                     .pod("node1", &format!("pod{step}"))
                     .with_context(|| format!("step {step}"))?;
@@ -187,6 +217,9 @@ fn random_sequences_leave_nothing() -> TestResult {
                     let name = other.run(|| traffic::tcp_name(to))?;
                     assert_eq!(name, pod.name, "step {step}");
                 }
+                let vip = SocketAddr::new(vips[step % 2], 80);
+                pod.run(|| traffic::tcp_name(vip))
+                    .with_context(|| format!("step {step}"))?;
                 pods.push(pod);
             }
             3 if !pods.is_empty() => {

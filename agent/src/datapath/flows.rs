@@ -9,15 +9,41 @@ use weir_common::{
     address::Address,
     flow::{self, ConnectionState, FlowEntry, FlowKey, TICKS_PER_SECOND, Timeouts},
     metrics::outcome,
+    next_hop,
 };
 
 use super::{
     Counters,
     sys::{self, Cursor, RawMap},
+    tables::endpoints::EndpointTable,
 };
 
 /// Entries read with one call. The kernel gives whole buckets of the hash, which hold few.
 const BATCH: usize = 512;
+
+/// What makes a connection useless.
+pub struct Rules<'a> {
+    /// Now, in ticks.
+    pub now: u32,
+    /// Idle times by state.
+    pub timeouts: Timeouts,
+    /// The pods of this node.
+    pub endpoints: &'a EndpointTable,
+}
+
+impl Rules<'_> {
+    /// Whether a pod of this node that the entry names is gone. No packet uses such an entry: the
+    /// programs compare generations.
+    fn is_orphaned<A>(&self, entry: &FlowEntry<A>) -> bool {
+        let to_pod = next_hop::is_endpoint(entry.next_hop);
+        self.endpoints
+            .is_gone(entry.source_endpoint, entry.source_generation)
+            || (to_pod
+                && self
+                    .endpoints
+                    .is_gone(entry.next_hop, entry.next_hop_generation))
+    }
+}
 
 /// What one call of [`FlowSweeper::sweep`] has done.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -64,9 +90,9 @@ impl FlowSweeper {
         }
     }
 
-    /// Looks at about `budget` entries from where the last call ended, and removes connections
-    /// that have been idle for the time-out of their state. While both tables are empty and no
-    /// connection is created, a call reads four counters and nothing else.
+    /// Looks at about `budget` entries from where the last call ended, and removes connections that
+    /// have no use any more by `rules`. While both tables are empty and no connection is created, a
+    /// call reads four counters and nothing else.
     ///
     /// # Errors
     ///
@@ -74,22 +100,7 @@ impl FlowSweeper {
     pub fn sweep(
         &mut self,
         budget: u32,
-        timeouts: &Timeouts,
-        counters: &Counters,
-    ) -> io::Result<SweepReport> {
-        self.sweep_at(now()?, budget, timeouts, counters)
-    }
-
-    /// As [`Self::sweep`], at the time `now` in ticks.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's; the next call begins anew.
-    pub fn sweep_at(
-        &mut self,
-        now: u32,
-        budget: u32,
-        timeouts: &Timeouts,
+        rules: &Rules<'_>,
         counters: &Counters,
     ) -> io::Result<SweepReport> {
         let mut report = SweepReport::default();
@@ -104,9 +115,9 @@ impl FlowSweeper {
         }
         while report.visited < budget {
             let (visited, removed, done) = if self.in_v6 {
-                self.v6.step::<Ipv6>(now, timeouts)?
+                self.v6.step::<Ipv6>(rules)?
             } else {
-                self.v4.step::<Ipv4>(now, timeouts)?
+                self.v4.step::<Ipv4>(rules)?
             };
             report.visited += visited;
             report.removed += removed;
@@ -141,7 +152,7 @@ impl Walk {
     }
 
     /// One batch: entries looked at, connections removed, and whether the walk is at its end.
-    fn step<A>(&mut self, now: u32, timeouts: &Timeouts) -> io::Result<(u32, u32, bool)>
+    fn step<A>(&mut self, rules: &Rules<'_>) -> io::Result<(u32, u32, bool)>
     where
         A: Address,
         FlowKey<A>: aya::Pod,
@@ -170,7 +181,7 @@ impl Walk {
             .zip(values.chunks_exact(self.map.value_size()))
             .take(batch.count)
         {
-            if self.expire::<A>(sys::from_bytes(key), sys::from_bytes(value), now, timeouts)? {
+            if self.expire::<A>(sys::from_bytes(key), sys::from_bytes(value), rules)? {
                 removed += 1;
             }
         }
@@ -184,22 +195,18 @@ impl Walk {
         Ok((batch.count as u32, removed, batch.done))
     }
 
-    /// Removes both entries of a connection if the newer of both times is older than allowed.
-    fn expire<A>(
-        &self,
-        key: FlowKey<A>,
-        entry: FlowEntry<A>,
-        now: u32,
-        timeouts: &Timeouts,
-    ) -> io::Result<bool>
+    /// Removes both entries of a connection if the newer of both times is older than allowed, or a pod
+    /// of this node that it began or ended at is gone.
+    fn expire<A>(&self, key: FlowKey<A>, entry: FlowEntry<A>, rules: &Rules<'_>) -> io::Result<bool>
     where
         A: Address,
         FlowKey<A>: aya::Pod,
         FlowEntry<A>: aya::Pod,
     {
-        let idle = flow::age(now, entry.last_seen);
+        let idle = flow::age(rules.now, entry.last_seen);
+        let orphaned = rules.is_orphaned(&entry);
         // No state has a shorter time-out than this: most entries need no second lookup.
-        if idle <= ticks(shortest(timeouts)) {
+        if !orphaned && idle <= ticks(shortest(&rules.timeouts)) {
             return Ok(false);
         }
         let partner_key = entry.partner_key(key.protocol);
@@ -209,9 +216,8 @@ impl Walk {
             .lookup(sys::bytes_of(&partner_key), &mut bytes)?
             .then(|| sys::from_bytes::<FlowEntry<A>>(&bytes))
             .filter(|partner| partner.ring == entry.ring);
-        if limit(&key, &entry, partner.as_ref(), timeouts)
-            >= partner.map_or(idle, |p| idle.min(flow::age(now, p.last_seen)))
-        {
+        let idle = partner.map_or(idle, |p| idle.min(flow::age(rules.now, p.last_seen)));
+        if !orphaned && limit(&key, &entry, partner.as_ref(), &rules.timeouts) >= idle {
             return Ok(false);
         }
         // The forward entry first: without it a packet makes a new connection, and finds the

@@ -527,8 +527,7 @@ impl Datapath {
     ///
     /// The kernel's.
     pub fn sweep_flows(&mut self, budget: u32) -> io::Result<SweepReport> {
-        let timeouts = self.config.row().timeouts;
-        self.flows.sweep(budget, &timeouts, &self.counters)
+        self.sweep_flows_at(flows::now()?, budget)
     }
 
     /// As [`Self::sweep_flows`], at the time `now` in ticks.
@@ -537,8 +536,12 @@ impl Datapath {
     ///
     /// The kernel's.
     pub fn sweep_flows_at(&mut self, now: u32, budget: u32) -> io::Result<SweepReport> {
-        let timeouts = self.config.row().timeouts;
-        self.flows.sweep_at(now, budget, &timeouts, &self.counters)
+        let rules = flows::Rules {
+            now,
+            timeouts: self.config.row().timeouts,
+            endpoints: &self.endpoints,
+        };
+        self.flows.sweep(budget, &rules, &self.counters)
     }
 
     /// The reader of events; there is one. Must be called within a tokio runtime.

@@ -5,14 +5,14 @@ use weir_common::{ABI_VERSION, config, endpoint::Endpoint};
 
 use crate::support::BpfFs;
 
-fn node_config(ranges: &[&str]) -> NodeConfig {
+pub fn node_config(ranges: &[&str]) -> NodeConfig {
     NodeConfig {
         pod_ranges: ranges.iter().map(|range| range.parse().unwrap()).collect(),
         ..NodeConfig::default()
     }
 }
 
-fn row(number: u32, last: u8) -> EndpointRow {
+pub fn row(number: u32, last: u8) -> EndpointRow {
     EndpointRow {
         number,
         ipv4: Some([10, 1, 0, last].into()),

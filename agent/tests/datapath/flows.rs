@@ -201,3 +201,34 @@ where
     let state: FlowRingState = fs.array("FLOW_RING_STATE").get(&row, 0).unwrap();
     assert_eq!(state.hand, u64::from(kept));
 }
+
+#[test]
+fn connections_of_a_pod_that_is_gone_go_too() {
+    let fs = BpfFs::new();
+    let mut datapath = fs.open();
+    let (row, config) = (
+        crate::endpoints::row(7, 9),
+        crate::endpoints::node_config(&["10.1.0.0/24", "fd01::/64"]),
+    );
+    datapath.config_mut().apply(&config).unwrap();
+    datapath.insert_endpoint(&row).unwrap();
+    let mut v4 = fs.hash::<FlowKey<Ipv4>, FlowEntry<Ipv4>>("FLOWS_V4");
+    let generation = 1;
+    let mut enter = |port, source_endpoint, next_hop| {
+        let [(key, mut entry), (reply_key, mut reply)] =
+            pair(V4.0, V4.1, port, TCP, u32::from(port));
+        (entry.source_endpoint, entry.source_generation) = (source_endpoint, generation);
+        (reply.next_hop, reply.next_hop_generation) = (next_hop, generation);
+        v4.insert(key, entry, 0).unwrap();
+        v4.insert(reply_key, reply, 0).unwrap();
+    };
+    // From the pod, to the pod, and one that has nothing to do with it.
+    enter(1, 7, 7);
+    enter(2, 0, 7);
+    enter(3, 0, 0);
+    assert_eq!(sweep_all(&mut datapath, 1), 0);
+    datapath.remove_endpoint(7).unwrap();
+    assert_eq!(sweep_all(&mut datapath, 1), 2);
+    let v4 = fs.hash::<FlowKey<Ipv4>, FlowEntry<Ipv4>>("FLOWS_V4");
+    assert_eq!(v4.keys().count(), 2);
+}

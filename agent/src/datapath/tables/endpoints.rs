@@ -193,6 +193,16 @@ impl EndpointTable {
         )
     }
 
+    /// Whether an endpoint has gone since it had this generation. Number 0 is none, and stays.
+    #[must_use]
+    pub fn is_gone(&self, number: u32, generation: u32) -> bool {
+        number != 0
+            && self
+                .rows
+                .get(number as usize)
+                .is_none_or(|row| row.ifindex == 0 || row.generation != generation)
+    }
+
     /// Removes every endpoint whose number is not in `keep`, and whatever in the other maps leads
     /// to an endpoint that is not there. Gives the number of endpoints removed.
     ///
