@@ -14,9 +14,10 @@ use serde_json::Value;
 use crate::{
     Node,
     agent::Agent,
+    cni::Call,
     netns::NetNs,
     objects::{self, Objects},
-    pod::Pod,
+    pod::{Pod, container},
     reaper,
 };
 
@@ -354,6 +355,20 @@ impl Cluster {
         self.apply(&objects::service(name, cluster_ips, &ports))?;
         self.endpoints(name, target, endpoints)?;
         self.wait_applied()
+    }
+
+    /// The DEL with which a runtime cleans up after an ADD that has failed.
+    #[must_use]
+    pub fn del_after_failed_add(&self, node: &str, pod: &str) -> Call {
+        let socket = self.node(node).run_dir.join("agent.sock");
+        let mut call = Call::new(
+            "DEL",
+            &socket.to_string_lossy(),
+            &container(&self.id, pod),
+            "",
+        );
+        call.unset("CNI_NETNS");
+        call
     }
 
     /// Replaces the EndpointSlices of a Service, without waiting.

@@ -42,6 +42,11 @@ pub(crate) struct Host {
     pub objects: Objects,
 }
 
+/// Id of the sandbox of a pod of the cluster `id`.
+pub(crate) fn container(id: &str, name: &str) -> String {
+    format!("{}-{name}", id.replace('-', "x"))
+}
+
 impl Pod {
     /// Makes the namespace, calls ADD, and creates the Pod object.
     pub(crate) fn add(host: Host, id: &str, name: &str) -> Result<Self> {
@@ -49,7 +54,7 @@ impl Pod {
         let mut pod = Self {
             name: name.to_owned(),
             node: host.node,
-            container: format!("{}-{name}", id.replace('-', "x")),
+            container: container(id, name),
             netns,
             addresses: Vec::new(),
             node_netns: host.netns,

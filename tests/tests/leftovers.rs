@@ -183,20 +183,20 @@ fn random_sequences_leave_nothing() -> TestResult {
     cluster.service("node", &vips, PORT, &[endpoint(false)?, endpoint(true)?])?;
     let before = Snapshot::take(node)?;
     let mut pods: Vec<Pod> = Vec::new();
+    let mut failed: Vec<String> = Vec::new();
     let mut dead = false;
     for step in 0..rounds(50, 1000) {
+        let name = format!("pod{step}");
         match random.below(8) {
             0..=2 if dead => {
-                let pod = cluster.pod("node1", &format!("pod{step}"));
-                assert!(
-                    pod.is_err(),
-                    "step {step}: an ADD without an agent succeeds"
-                );
+                let added = cluster.pod("node1", &name);
+                assert!(added.is_err(), "step {step}: ADD without an agent");
+                failed.push(name);
             }
             5 if !dead && pods.len() < 20 => {
                 let delay = Duration::from_micros(random.below(15_000) as u64);
                 let added = std::thread::scope(|scope| {
-                    let adding = scope.spawn(|| cluster.pod("node1", &format!("pod{step}")));
+                    let adding = scope.spawn(|| cluster.pod("node1", &name));
                     // Any moment of the ADD will do, the more different ones the better.
                     std::thread::sleep(delay);
                     node.kill9_agent()?;
@@ -204,12 +204,14 @@ fn random_sequences_leave_nothing() -> TestResult {
                     let panicked = |panic| std::panic::resume_unwind(panic);
                     anyhow::Ok(adding.join().unwrap_or_else(panicked))
                 })?;
-                // One that failed must have undone itself, as far as it could without an agent.
-                pods.extend(added.ok());
+                match added {
+                    Ok(pod) => pods.push(pod),
+                    Err(_) => failed.push(name),
+                }
             }
             0..=2 if pods.len() < 20 => {
                 let pod = cluster
-                    .pod("node1", &format!("pod{step}"))
+                    .pod("node1", &name)
                     .with_context(|| format!("step {step}"))?;
                 if let Some(other) = pods.last() {
                     let _servers = pod.serve(PORT)?;
@@ -245,6 +247,10 @@ fn random_sequences_leave_nothing() -> TestResult {
     }
     for pod in pods {
         pod.delete()?;
+    }
+    for name in failed {
+        let del = cluster.del_after_failed_add("node1", &name);
+        del.result(&node.netns)?;
     }
     cluster.wait_applied()?;
     wait_same(&before, &cluster, "node1").with_context(|| format!("WEIR_SEED={seed}"))?;
