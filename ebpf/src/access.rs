@@ -85,6 +85,16 @@ pub fn is_tagged(ctx: &TcContext) -> bool {
     unsafe { (*ctx.skb.skb).vlan_present != 0 }
 }
 
+/// Whether the frame is addressed to another host: a switch floods what it does not know, and a
+/// device that is listened on takes everything.
+#[inline(always)]
+pub fn is_for_another_host(ctx: &TcContext) -> bool {
+    /// `PACKET_OTHERHOST` (include/uapi/linux/if_packet.h).
+    const OTHER_HOST: u32 = 3;
+    // SAFETY: as above.
+    unsafe { (*ctx.skb.skb).pkt_type == OTHER_HOST }
+}
+
 /// The packet mark.
 #[inline(always)]
 pub fn mark(ctx: &TcContext) -> u32 {

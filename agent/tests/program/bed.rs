@@ -113,18 +113,26 @@ pub fn for_both_families(test: fn(&mut Bed)) {
 }
 
 fn ip(arguments: &str) {
-    let status = Command::new("ip")
-        .args(arguments.split(' '))
-        .status()
+    tool(&format!("ip {arguments}"));
+}
+
+/// Runs a command whose words are separated by single spaces.
+pub fn tool(command: &str) {
+    let mut words = command.split(' ');
+    let output = Command::new(words.next().unwrap())
+        .args(words)
+        .output()
         .unwrap();
-    assert!(status.success(), "ip {arguments}");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command}: {said}");
 }
 
 impl Bed {
     fn new(family: Family, change: fn(&mut DatapathOptions)) -> Self {
         let fs = BpfFs::new();
         ip(&format!(
-            "link add eth0 index {ETH0} type veth peer name wire"
+            "link add eth0 index {ETH0} address {} type veth peer name wire",
+            wire_macs().destination
         ));
         let mut options = fs.options();
         options.count_lookups = true;

@@ -1,13 +1,13 @@
 //! Packets that no Service is concerned with.
 
-use weir_common::{DropReason, metrics::Hook};
+use weir_common::{DropReason, MacAddress, metrics::Hook};
 
 use crate::{
     bed::{
         CLIENT, Case, ETH0, HOP_MTU, Lookups, SERVER, Verdict, delivered_macs, device,
         for_both_families,
     },
-    packet::{ACK, L4, Packet, SYN, echo, sctp, tcp, udp},
+    packet::{ACK, L4, Macs, Packet, SYN, echo, sctp, tcp, udp},
 };
 
 const NONE: Lookups = Lookups {
@@ -248,6 +248,22 @@ fn offloaded_packets_are_measured_by_their_segments() {
             .sum_may_change(),
         );
         assert_eq!(seen.lookups, DESTINATION);
+    });
+}
+
+#[test]
+fn frames_for_another_host_are_left_to_the_stack() {
+    for_both_families(|bed| {
+        let to_pod = bed.incoming(bed.outside(), bed.pod(CLIENT), udp(1, 2));
+        let forged = bed.incoming(bed.pod(SERVER), bed.pod(CLIENT), udp(1, 2));
+        for (name, packet) in [("to a pod", to_pod), ("forged", forged)] {
+            let macs = Macs {
+                destination: MacAddress([2, 0, 0, 0, 0, 9]),
+                ..packet.macs
+            };
+            let packet = packet.with_macs(macs);
+            bed.check(Case::from_netdev(name, &packet, Verdict::Stack).lookups(NONE));
+        }
     });
 }
 

@@ -19,11 +19,12 @@ use crate::{
 /// The program.
 #[inline(always)]
 pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
-    let frame = read_frame(ctx)?;
-    if access::is_tagged(ctx) {
-        // It belongs to a VLAN's device, which is another.
+    if access::is_tagged(ctx) || access::is_for_another_host(ctx) {
+        // It belongs to a VLAN's device, or to a device above this one (macvlan, a bridge), or to
+        // nobody here: then the stack drops it.
         return Ok(Verdict::STACK);
     }
+    let frame = read_frame(ctx)?;
     match frame.kind {
         Kind::V4 => forward::<V4>(ctx),
         Kind::V6 => forward::<V6>(ctx),
