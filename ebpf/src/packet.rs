@@ -32,8 +32,8 @@ pub struct Packet<A> {
     pub key: FlowKey<A>,
     /// Offset of the layer-4 header from the start of the packet.
     pub l4_offset: u32,
-    /// Bytes from the start of the network header to the end of the packet as its header says; 0
-    /// if the header does not say (offloaded packets beyond 64 KiB).
+    /// Bytes from the start of the network header to the end of the packet as its header says, or
+    /// as they are if the header does not say (offloaded packets beyond 64 KiB).
     pub l3_length: u32,
     /// Identification of a fragmented datagram.
     pub identification: u32,
@@ -51,6 +51,8 @@ pub struct Packet<A> {
     pub dont_fragment: u8,
     /// 1: the flow table was asked a moment ago and has nothing for this tuple.
     pub is_unknown: u8,
+    /// Bytes of the jumbo payload option of an offloaded packet. Its segments have none.
+    pub jumbo_option: u8,
     /// How it is translated; nothing as long as its flags are zero.
     pub rewrite: Rewrite<A>,
 }
@@ -73,6 +75,7 @@ impl<A: Address> Packet<A> {
         self.icmp_type = 0;
         self.dont_fragment = 1;
         self.is_unknown = 0;
+        self.jumbo_option = 0;
         self.rewrite.flags = 0;
     }
 
@@ -109,7 +112,7 @@ impl<A: Address> Packet<A> {
         } else {
             8
         };
-        (self.l4_offset - ETHERNET) + l4_header + segment
+        (self.l4_offset - ETHERNET) - u32::from(self.jumbo_option) + l4_header + segment
     }
 
     /// Reads the layer-4 header. `l4_length` is what is left of the packet from there on, by the

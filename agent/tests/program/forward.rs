@@ -5,9 +5,10 @@ use weir_common::{DropReason, MacAddress, metrics::Hook};
 use crate::{
     bed::{
         CLIENT, Case, ETH0, HOP_MTU, Lookups, SERVER, Verdict, delivered_macs, device,
-        for_both_families,
+        for_both_families, on,
     },
     packet::{ACK, L4, Macs, Packet, SYN, echo, sctp, tcp, udp},
+    run::Input,
 };
 
 const NONE: Lookups = Lookups {
@@ -252,6 +253,41 @@ fn offloaded_packets_are_measured_by_their_segments() {
 }
 
 #[test]
+fn the_jumbo_option_of_an_offloaded_packet_is_not_measured() {
+    /// Next header, length and type of the option (RFC 2675), and the length of the payload.
+    const JUMBO: (u8, [u8; 7]) = (0, [0, 0xc2, 4, 0, 1, 0x12, 0x34]);
+    for_both_families(|bed| {
+        if bed.is_v4() {
+            return;
+        }
+        let mut packet = bed
+            .leaving(CLIENT, bed.remote_pod(9), tcp(40000, 80, ACK))
+            .with_payload(vec![7; 2800]);
+        packet.extensions = vec![(JUMBO.0, JUMBO.1.to_vec())];
+        let frame = |packet: &Packet| {
+            let mut frame = packet.frame();
+            frame[18..20].fill(0);
+            frame
+        };
+        let fits = HOP_MTU - 40 - 20;
+        let case = Case::new(
+            "segments that fit",
+            Hook::FromPod,
+            device(CLIENT),
+            frame(&packet),
+            Verdict::Remote,
+        );
+        bed.check(case.gso(fits).out_frame(frame(&packet.clone().forwarded())));
+        let input = Input {
+            gso_size: fits + 1,
+            ..on(device(CLIENT))
+        };
+        let seen = bed.run_with(Hook::FromPod, &frame(&packet), input);
+        assert_eq!(seen.verdict, Verdict::Answered, "one byte too large");
+    });
+}
+
+#[test]
 fn frames_for_another_host_are_left_to_the_stack() {
     for_both_families(|bed| {
         let to_pod = bed.incoming(bed.outside(), bed.pod(CLIENT), udp(1, 2));
@@ -272,9 +308,9 @@ fn the_mark_ends_where_the_packet_leaves_the_node() {
     for_both_families(|bed| {
         let packet = bed.leaving(CLIENT, bed.remote_pod(9), udp(1, 2));
         for (before, after) in [(0x10_0000, 0), (0x1234_5678, 0x1204_5678), (0x4000, 0x4000)] {
-            let input = crate::run::Input {
+            let input = Input {
                 mark: before,
-                ..crate::bed::on(ETH0)
+                ..on(ETH0)
             };
             let seen = bed.run_with(Hook::ToNetdev, &packet.frame(), input);
             assert_eq!(seen.verdict, Verdict::Stack);

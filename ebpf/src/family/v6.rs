@@ -42,6 +42,10 @@ pub struct Header {
 /// Bytes of the fixed header.
 const HEADER: u32 = 40;
 
+/// Bytes of the hop-by-hop header in which Linux' stack says the length of a packet beyond 64 KiB.
+/// It takes it out again when it cuts the packet (`ipv6_gso_segment`).
+const JUMBO_OPTION: u8 = 8;
+
 /// Difference that a hop limit lower by one makes to the sum of the packet: `!1` in network byte
 /// order.
 const HOP_DIFFERENCE: u32 = u16::from_be(!1) as u32;
@@ -137,13 +141,16 @@ impl Family for V6 {
         }
         let available = ctx.len() - ETHERNET;
         let payload = u32::from(u16::from_be(header.payload_length));
-        // An offloaded packet beyond 64 KiB says zero (RFC 2675).
+        // An offloaded packet beyond 64 KiB says zero (RFC 2675, "BIG TCP").
         let jumbo = payload == 0 && access::gso_size(ctx) != 0;
         let length = if jumbo { available } else { HEADER + payload };
         if length > available {
             return Err(DropReason::Malformed);
         }
         packet.reset(header.source, header.destination, header.next_header, scope);
+        if jumbo && header.next_header == extension::HOP_BY_HOP {
+            packet.jumbo_option = JUMBO_OPTION;
+        }
         packet.ttl = header.hop_limit;
         packet.l3_length = length;
         packet.l4_offset = ETHERNET + HEADER;
