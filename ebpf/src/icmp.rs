@@ -1,14 +1,14 @@
 //! ICMP: the errors that the programs send themselves, and the translation of errors that come
 //! from elsewhere about a packet that was translated here.
 //!
-//! An error is made of the packet it is about: cut, pushed back behind the new headers, and sent
-//! to where it came from.
+//! An error is made of the packet it is about, which is emptied, filled anew and sent to where it
+//! came from.
 
 use aya_ebpf::{
     bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
     helpers::{
         bpf_csum_diff, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer, bpf_skb_adjust_room,
-        bpf_skb_change_tail, bpf_skb_load_bytes,
+        bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -24,7 +24,7 @@ use weir_common::{
 };
 
 use crate::{
-    access::{self, ETHERNET},
+    access::{self, ETHERNET, OFFSET_MASK},
     family::Family,
     local, maps,
     packet::{Packet, icmp_type},
@@ -154,15 +154,17 @@ pub fn is_error<A: Address>(packet: &Packet<A>) -> bool {
     }
 }
 
-/// What the checksum of an error is computed over; zeros add nothing.
+/// An error from its ICMP header on, and before it what else its checksum is computed over; zeros
+/// add nothing.
 #[repr(C, align(8))]
-struct Sum {
+struct Message {
     /// IPv6 only: source, destination, length and next header (RFC 8200 section 8.1).
     pseudo_source: Ipv6,
     pseudo_destination: Ipv6,
     pseudo_length: u32,
     pseudo_next_header: u32,
-    message: [u8; (ICMP + QUOTE_MAX) as usize],
+    icmp: [u32; 2],
+    quote: [u8; QUOTE_MAX as usize],
 }
 
 /// Turns the packet into an IPv4 error from `source` to its own source. Returns 0, or what failed.
@@ -173,11 +175,14 @@ fn build_v4(ctx: &TcContext, source: &Ipv4, kind: u8, code: u8, rest: u32) -> u3
     let Ok(destination) = ctx.load::<Ipv4>(ETHERNET as usize + 12) else {
         return 1;
     };
-    let quote = match make_room(ctx, HEADER) {
+    let quote = match take_quote(ctx) {
         0 => return 2,
         quote => quote,
     };
     let total = HEADER + ICMP + quote;
+    if !empty(ctx, total) {
+        return 3;
+    }
     let mut header = [0u32; 5];
     header[0] = u32::from_ne_bytes([0x45, 0xc0, (total >> 8) as u8, total as u8]);
     header[2] = u32::from_ne_bytes([64, protocol::ICMP, 0, 0]);
@@ -187,12 +192,11 @@ fn build_v4(ctx: &TcContext, source: &Ipv4, kind: u8, code: u8, rest: u32) -> u3
     header[2] |= u32::from(!checksum::fold16(sum)) << 16;
     // SAFETY: plain bytes.
     let Some(place) = (unsafe { access::at::<[u32; 5]>(ctx, ETHERNET) }) else {
-        return 3;
+        return 4;
     };
     // SAFETY: checked by `at`.
     unsafe { *place = header };
-    write_icmp(ctx, HEADER, [kind, code], rest);
-    finish(ctx, HEADER, quote, None)
+    finish(ctx, HEADER, quote, [kind, code], rest, None)
 }
 
 /// The IPv6 header of an error, as words.
@@ -212,14 +216,17 @@ fn build_v6(ctx: &TcContext, source: &Ipv6, kind: u8, code: u8, rest: u32) -> u3
     let Ok(destination) = ctx.load::<Ipv6>(ETHERNET as usize + 8) else {
         return 1;
     };
-    let quote = match make_room(ctx, HEADER) {
+    let quote = match take_quote(ctx) {
         0 => return 2,
         quote => quote,
     };
     let length = ICMP + quote;
+    if !empty(ctx, HEADER + length) {
+        return 3;
+    }
     // SAFETY: plain bytes.
     let Some(place) = (unsafe { access::at::<HeaderV6>(ctx, ETHERNET) }) else {
-        return 3;
+        return 4;
     };
     // SAFETY: checked by `at`.
     unsafe {
@@ -235,109 +242,119 @@ fn build_v6(ctx: &TcContext, source: &Ipv6, kind: u8, code: u8, rest: u32) -> u3
             destination,
         };
     }
-    write_icmp(ctx, HEADER, [kind, code], rest);
-    finish(ctx, HEADER, quote, Some((&source, &destination)))
+    let pseudo = Some((&source, &destination));
+    finish(ctx, HEADER, quote, [kind, code], rest, pseudo)
 }
 
-/// Cuts the packet and makes room for `header` bytes and an ICMP header before it. Returns the
-/// bytes that are quoted, 0 on failure.
+/// Copies what is quoted into the scratch room. Returns its bytes, 0 on failure.
 #[inline(always)]
-fn make_room(ctx: &TcContext, header: u32) -> u32 {
+fn take_quote(ctx: &TcContext) -> u32 {
     let available = ctx.len() - ETHERNET;
-    let quote = if available > QUOTE_MAX {
+    let quote = access::forget_bounds(if available > QUOTE_MAX {
         QUOTE_MAX
     } else {
         available & !3
+    });
+    // SAFETY: plain bytes; nothing that stands there is needed any more.
+    let Ok(message) = (unsafe { scratch::room::<Message>() }) else {
+        return 0;
     };
-    if quote < 28 {
+    if !(28..=QUOTE_MAX).contains(&quote) {
         return 0;
     }
-    // SAFETY: the context is valid; the helpers check their arguments.
-    unsafe {
-        if bpf_skb_change_tail(ctx.skb.skb, ETHERNET + quote, 0) != 0
-            || bpf_skb_adjust_room(ctx.skb.skb, (header + ICMP) as i32, BPF_ADJ_ROOM_MAC, 0) != 0
-        {
-            return 0;
-        }
-    }
-    if !access::make_readable(ctx, ETHERNET + header + ICMP) {
-        0
-    } else {
-        quote
-    }
-}
-
-/// Writes the ICMP header with a zero checksum, and turns the Ethernet addresses round.
-#[inline(always)]
-fn write_icmp(ctx: &TcContext, header: u32, kind_and_code: [u8; 2], rest: u32) {
-    // SAFETY: plain bytes, checked by `at`.
-    unsafe {
-        if let Some(icmp) = access::at::<[u32; 2]>(ctx, ETHERNET + header) {
-            *icmp = [
-                u32::from_ne_bytes([kind_and_code[0], kind_and_code[1], 0, 0]),
-                rest,
-            ];
-        }
-        if let Some(macs) = access::at::<[MacAddress; 2]>(ctx, 0) {
-            let [destination, source] = *macs;
-            *macs = [source, destination];
-        }
-    }
-}
-
-/// Computes the checksum and writes it. Returns 0, or what failed.
-#[inline(always)]
-fn finish(ctx: &TcContext, header: u32, quote: u32, pseudo: Option<(&Ipv6, &Ipv6)>) -> u32 {
-    // SAFETY: plain bytes; nothing that stands there is needed any more.
-    let Ok(sum) = (unsafe { scratch::room::<Sum>() }) else {
-        return 4;
-    };
-    sum.message = [0; (ICMP + QUOTE_MAX) as usize];
-    sum.pseudo_source = Ipv6::default();
-    sum.pseudo_destination = Ipv6::default();
-    sum.pseudo_length = 0;
-    sum.pseudo_next_header = 0;
-    let length = ICMP + quote;
-    if let Some((source, destination)) = pseudo {
-        sum.pseudo_source = *source;
-        sum.pseudo_destination = *destination;
-        sum.pseudo_length = length.to_be();
-        sum.pseudo_next_header = u32::from(protocol::ICMPV6).to_be();
-    }
-    if !(ICMP..=ICMP + QUOTE_MAX).contains(&length) {
-        return 5;
-    }
-    // SAFETY: `message` has room for the largest length.
+    message.quote = [0; QUOTE_MAX as usize];
+    // SAFETY: there is room for the largest length.
     let loaded = unsafe {
         bpf_skb_load_bytes(
             ctx.skb.skb.cast(),
-            ETHERNET + header,
-            sum.message.as_mut_ptr().cast(),
-            length,
+            ETHERNET,
+            message.quote.as_mut_ptr().cast(),
+            quote,
         )
     };
-    if loaded != 0 {
-        return 6;
+    if loaded == 0 { quote } else { 0 }
+}
+
+/// Bytes that [`empty`] takes away behind the Ethernet header: all headers up to that of layer 4,
+/// wherever that is.
+const EMPTIED: u32 = OFFSET_MASK + 1;
+
+/// Gives the packet `length` bytes behind its Ethernet header, of unknown content, and takes from
+/// it what its sender asked of the device. Returns whether it worked.
+///
+/// The first call ends segmentation. The second makes the kernel forget a checksum that is yet to
+/// be computed, as it was to begin among the bytes taken (`skb_postpull_rcsum`); otherwise it
+/// would be written into what the error quotes.
+#[inline(always)]
+fn empty(ctx: &TcContext, length: u32) -> bool {
+    // SAFETY: the context is valid; the helpers check their arguments.
+    unsafe {
+        bpf_skb_change_tail(ctx.skb.skb, ETHERNET + EMPTIED + length, 0) == 0
+            && bpf_skb_adjust_room(ctx.skb.skb, -(EMPTIED as i32), BPF_ADJ_ROOM_MAC, 0) == 0
+    }
+}
+
+/// Writes all from the ICMP header on, with its checksum, and turns the Ethernet addresses round.
+/// Returns 0, or what failed.
+#[inline(always)]
+fn finish(
+    ctx: &TcContext,
+    header: u32,
+    quote: u32,
+    kind_and_code: [u8; 2],
+    rest: u32,
+    pseudo: Option<(&Ipv6, &Ipv6)>,
+) -> u32 {
+    // SAFETY: plain bytes, filled by `take_quote`.
+    let Ok(message) = (unsafe { scratch::room::<Message>() }) else {
+        return 5;
+    };
+    let [kind, code] = kind_and_code;
+    let length = access::forget_bounds(ICMP + quote);
+    message.icmp = [u32::from_ne_bytes([kind, code, 0, 0]), rest];
+    message.pseudo_source = Ipv6::default();
+    message.pseudo_destination = Ipv6::default();
+    message.pseudo_length = 0;
+    message.pseudo_next_header = 0;
+    if let Some((source, destination)) = pseudo {
+        message.pseudo_source = *source;
+        message.pseudo_destination = *destination;
+        message.pseudo_length = length.to_be();
+        message.pseudo_next_header = u32::from(protocol::ICMPV6).to_be();
     }
     // SAFETY: the whole structure is initialised; its size is a multiple of four.
     let total = unsafe {
         bpf_csum_diff(
             core::ptr::null_mut(),
             0,
-            (&raw mut *sum).cast(),
-            size_of::<Sum>() as u32,
+            (&raw mut *message).cast(),
+            size_of::<Message>() as u32,
             0,
         )
     };
     let checksum = !checksum::fold16(total as u64 & 0xffff_ffff);
+    message.icmp[0] |= u32::from(checksum) << 16;
     // SAFETY: plain bytes, checked by `at`.
     unsafe {
-        match access::at::<u16>(ctx, ETHERNET + header + 2) {
-            Some(place) => *place = checksum,
-            None => return 7,
-        }
+        let Some(macs) = access::at::<[MacAddress; 2]>(ctx, 0) else {
+            return 6;
+        };
+        let [destination, source] = *macs;
+        *macs = [source, destination];
     }
-    0
+    if !(ICMP..=ICMP + QUOTE_MAX).contains(&length) {
+        return 7;
+    }
+    // SAFETY: `icmp` and the quote behind it have room for the largest length.
+    unsafe {
+        bpf_skb_store_bytes(
+            ctx.skb.skb,
+            ETHERNET + header,
+            (&raw const message.icmp).cast(),
+            length,
+            0,
+        ) as u32
+    }
 }
 
 /// Translates an ICMP error about a packet that was translated here, and gives the number of the

@@ -21,3 +21,4 @@ mod sources;
 #[path = "../datapath/support.rs"]
 #[allow(dead_code, reason = "the tests of the data path use the rest")]
 mod support;
+mod unfinished;
