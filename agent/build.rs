@@ -56,8 +56,11 @@ fn run() -> Result<(), String> {
     let mut cargo = toolchain
         .cargo("build", &workspace, &target_dir)
         .map_err(|error| format!("cannot write to {}: {error}", target_dir.display()))?;
+    cargo.args(["--package", PACKAGE, "--bin", PACKAGE]);
+    if env::var_os("CARGO_FEATURE_LOG_PACKETS").is_some() {
+        cargo.args(["--features", "log-packets"]);
+    }
     let status = cargo
-        .args(["--package", PACKAGE, "--bin", PACKAGE])
         .status()
         .map_err(|error| format!("cannot run {cargo:?}: {error}"))?;
     if !status.success() {

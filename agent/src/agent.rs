@@ -168,6 +168,12 @@ impl Agent {
         let ring = datapath
             .take_events()
             .context("cannot read the events of the kernel programs")?;
+        #[cfg(feature = "log-packets")]
+        tokio::task::spawn_local(
+            datapath
+                .take_packet_log()
+                .context("cannot read the packet log of the kernel programs")?,
+        );
         let SourceSetting::Directory(directory) = &settings.source;
         let source = dir::spawn(directory)?;
         let nodes = NodeManager::new(

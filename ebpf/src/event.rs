@@ -43,7 +43,7 @@ pub fn report_drop(ctx: &TcContext, hook: Hook, reason: u8) {
 
 /// Fills in what can be read of the packet.
 #[inline(always)]
-fn describe(ctx: &TcContext, event: &mut Event) {
+pub fn describe(ctx: &TcContext, event: &mut Event) {
     let Ok(ether_type) = ctx.load::<[u8; 2]>(12) else {
         return;
     };

@@ -45,6 +45,8 @@ mod hooks;
 mod icmp;
 #[cfg(target_arch = "bpf")]
 mod local;
+#[cfg(all(target_arch = "bpf", feature = "log-packets"))]
+mod log;
 #[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]

@@ -81,6 +81,8 @@ pub fn conclude(ctx: &TcContext, hook: Hook, result: Result<Verdict, DropReason>
         (word as u8, TC_ACT_SHOT)
     };
     count(hook, outcome, ctx.len());
+    #[cfg(feature = "log-packets")]
+    crate::log::packet(ctx, hook as u32, u32::from(outcome));
     action
 }
 

@@ -28,6 +28,17 @@ pub fn run() -> Result<()> {
             .args(["--", "-D", "warnings"]),
     )?;
     step("clippy, BPF", &mut clippy_bpf()?)?;
+    // Nobody ships it, so nobody else would notice that it no longer compiles.
+    step(
+        "clippy, host, with the packet log",
+        build::cargo()
+            .args(["clippy", "--package", "weir-agent", "--all-targets"])
+            .args(["--features", "log-packets", "--", "-D", "warnings"]),
+    )?;
+    step(
+        "clippy, BPF, with the packet log",
+        clippy_bpf()?.args(["--features", "weir-ebpf/log-packets"]),
+    )?;
     // cargo-deny reads the manifests of every platform's dependencies.
     step(
         "fetch",

@@ -17,6 +17,8 @@ mod layout;
 mod loader;
 mod mapped;
 pub mod object;
+#[cfg(feature = "log-packets")]
+mod packet_log;
 mod probe;
 pub mod sys;
 pub mod tables;
@@ -554,6 +556,16 @@ impl Datapath {
             io::Error::new(io::ErrorKind::AlreadyExists, "the event reader is in use")
         })?;
         EventReader::new(ring)
+    }
+
+    /// What reads the packet log; there is one. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// It has been taken already, the object has none, or it cannot be registered with the runtime.
+    #[cfg(feature = "log-packets")]
+    pub fn take_packet_log(&mut self) -> io::Result<impl Future<Output = ()> + use<>> {
+        packet_log::reader(&mut self.ebpf)
     }
 
     /// How full every table is that can be full.

@@ -8,8 +8,9 @@ use super::{DatapathError, DatapathOptions};
 /// The object that the build script has compiled.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-ebpf"));
 
-/// Scratch space of the programs: holds nothing beyond a packet, and is not pinned.
-const UNPINNED: [&str; 2] = ["SCRATCH", "PACKET"];
+/// Not pinned: scratch space of the programs, which holds nothing beyond a packet, and the log that
+/// only developers have.
+const UNPINNED: [&str; 3] = ["SCRATCH", "PACKET", "AYA_LOGS"];
 
 /// What a map is, as the object defines it with the sizes of the options.
 #[derive(Clone, Debug, Eq, PartialEq)]

@@ -12,6 +12,7 @@ mod forward;
 mod fragments;
 mod full;
 mod lifetime;
+mod logged;
 mod malformed;
 mod packet;
 mod reference;
