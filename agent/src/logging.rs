@@ -6,13 +6,17 @@ use tracing_subscriber::EnvFilter;
 
 use crate::settings::LogFormat;
 
+/// Libraries that tell every frame and every relocation: they are heard only when they are named.
+const CHATTY: &str = "aya=info,aya_obj=info,h2=info,hyper=info,tonic=info,tower=info";
+
 /// Sends everything that `filter` lets through to standard error. Colours only on a terminal.
 ///
 /// # Errors
 ///
 /// If the filter cannot be read or a log is set up already.
 pub fn initialise(filter: &str, format: LogFormat) -> anyhow::Result<()> {
-    let filter = EnvFilter::builder().parse(filter)?;
+    // Of two that name the same module the later counts.
+    let filter = EnvFilter::builder().parse(format!("{CHATTY},{filter}"))?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr);
