@@ -219,7 +219,7 @@ impl Lab {
         clear(&self.map(flows(family))?)?;
         let ring = self.map(flow_ring(family))?;
         let keys: Vec<u8> = (0..ring.max_entries()).flat_map(u32::to_ne_bytes).collect();
-        let values = vec![0; ring.max_entries() as usize * ring.value_size() as usize];
+        let values = vec![0; ring.max_entries() as usize * ring.value_size()];
         ring.update_batch(&keys, &values)?;
         Ok(())
     }
