@@ -30,7 +30,7 @@ use super::{
 };
 
 /// Time from the first sign of a change to reading: changes that belong together arrive together.
-const DEBOUNCE: Duration = Duration::from_millis(10);
+const DEBOUNCE: Duration = Duration::from_millis(2);
 
 /// How often a directory that is gone is looked for, beside what inotify says.
 const SEARCH_INTERVAL: Duration = Duration::from_secs(1);

@@ -167,7 +167,7 @@ fn large(section: &mut Section, changes: usize) -> Result<()> {
     }
     section.table(&table);
     section.paragraph(
-        "The directory source waits 10 ms after a change for others before it reads; `weir wait` makes it read at once. \
+        "The directory source waits 2 ms after a change for others before it reads; `weir wait` makes it read at once. \
          The next table but one has the way from object to map alone.",
     );
     let mut table = memory_table(&format!(
