@@ -8,4 +8,5 @@ mod flows;
 mod layout;
 mod next_hops;
 mod services;
+mod services_retry;
 mod support;

@@ -2,14 +2,21 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::CString,
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::PathBuf,
 };
 
 use aya::{
     Pod,
-    maps::{Array, HashMap, LpmTrie, Map, MapData},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapInfo},
 };
+use aya_obj::generated::{BPF_F_RDONLY, bpf_attr, bpf_cmd};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use weir_agent::{
     datapath::{Datapath, DatapathOptions},
@@ -157,6 +164,72 @@ impl Drop for BpfFs {
             eprintln!("cannot unmount {}: {error}", self.folder.path().display());
         }
     }
+}
+
+/// While it lives every handle that this process has on a map only reads: changes fail with
+/// `EPERM`, mappings with `EACCES`.
+pub struct ReadOnly {
+    /// The handles with what they were before.
+    handles: Vec<(RawFd, OwnedFd)>,
+}
+
+impl ReadOnly {
+    pub fn new(fs: &BpfFs, name: &str) -> Self {
+        let id = MapInfo::from_pin(fs.pin(name)).unwrap().id();
+        let handles: Vec<RawFd> = fs::read_dir("/proc/self/fdinfo")
+            .unwrap()
+            .filter_map(|entry| {
+                let entry = entry.unwrap();
+                let about = fs::read_to_string(entry.path()).ok()?;
+                let this = about.lines().any(|line| line == format!("map_id:\t{id}"));
+                this.then(|| entry.file_name().to_str()?.parse().ok())?
+            })
+            .collect();
+        assert!(!handles.is_empty(), "{name} is not open");
+        let read_only = open_read_only(&fs.pin(name));
+        let swap = |handle: RawFd| {
+            // SAFETY: `handle` is an open descriptor of this process, and the copy is ours.
+            let before = unsafe { OwnedFd::from_raw_fd(libc::dup(handle)) };
+            replace(handle, &read_only);
+            (handle, before)
+        };
+        Self {
+            handles: handles.into_iter().map(swap).collect(),
+        }
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        for (handle, before) in &self.handles {
+            replace(*handle, before);
+        }
+    }
+}
+
+fn replace(handle: RawFd, by: &OwnedFd) {
+    // SAFETY: both are open; who owns `handle` goes on to own what it names now.
+    assert_eq!(unsafe { libc::dup2(by.as_raw_fd(), handle) }, handle);
+}
+
+fn open_read_only(pin: &std::path::Path) -> OwnedFd {
+    let path = CString::new(pin.as_os_str().as_bytes()).unwrap();
+    // SAFETY: a union of plain integers; zero is valid for each.
+    let mut attr: bpf_attr = unsafe { std::mem::zeroed() };
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    attr.__bindgen_anon_4.file_flags = BPF_F_RDONLY;
+    // SAFETY: `attr` is whole, and the path in it ends with a zero byte and outlives the call.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            bpf_cmd::BPF_OBJ_GET as libc::c_long,
+            &raw mut attr,
+            size_of::<bpf_attr>(),
+        )
+    };
+    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: the kernel has just returned this descriptor.
+    unsafe { OwnedFd::from_raw_fd(fd as RawFd) }
 }
 
 pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];

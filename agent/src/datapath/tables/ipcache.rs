@@ -103,11 +103,28 @@ impl Ipcache {
             })
     }
 
-    /// One frontend of a Service at this address is gone.
+    /// One frontend of a Service at this address is gone. When this fails the frontend still
+    /// counts, so that the call can be repeated whatever others do meanwhile.
     pub(super) fn remove_frontend(&mut self, address: IpAddr) -> Result<(), TableError> {
-        self.change(IpNet::from(address), |row| {
+        let prefix = IpNet::from(address);
+        let before = self.rows.get(&prefix).map_or(0, |row| row.frontends);
+        self.change(prefix, |row| row.frontends = before.saturating_sub(1))
+            .inspect_err(|_| {
+                if let Some(row) = self.rows.get_mut(&prefix) {
+                    row.frontends = before;
+                }
+            })
+    }
+
+    /// Takes [`Self::add_frontend`] back before anything leads to the address. An entry that the
+    /// kernel does not give up is taken up by the next attempt, or falls to [`Self::prune`].
+    pub(super) fn undo_add_frontend(&mut self, address: IpAddr) {
+        let result = self.change(IpNet::from(address), |row| {
             row.frontends = row.frontends.saturating_sub(1);
-        })
+        });
+        if let Err(error) = result {
+            tracing::debug!(%error, "an ipcache entry stays without a frontend for now");
+        }
     }
 
     /// Removes every entry that was found at start and that nobody has asked for since. Only once

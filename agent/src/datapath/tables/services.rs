@@ -117,6 +117,8 @@ pub(super) struct Port {
     pub frontends: BTreeSet<FrontendAddress>,
     /// Frontends found at start that have not been claimed.
     pub found: Vec<FrontendAddress>,
+    /// Rows of backends that no slot names any more and that are still to be freed.
+    pub leaving: Vec<u32>,
     /// Found at start: the content of the region is not known.
     pub unverified: bool,
 }
@@ -245,29 +247,32 @@ impl Services {
     ///
     /// # Errors
     ///
-    /// The kernel's; the call can be repeated.
+    /// The first of the kernel's, after all have been tried. What failed is kept: the call can be
+    /// repeated.
     pub fn prune(&mut self) -> Result<usize, TableError> {
         let stale: Vec<u32> = self.orphans.keys().copied().collect();
-        for number in &stale {
-            let Some(port) = self.orphans.get_mut(number) else {
+        let (mut removed, mut failed) = (0, None);
+        for number in stale {
+            let Some(mut port) = self.orphans.remove(&number) else {
                 continue;
             };
-            for frontend in std::mem::take(&mut port.found) {
-                if self.owners.get(&frontend) == Some(number) {
-                    self.frontends.delete(frontend)?;
-                    self.owners.remove(&frontend);
+            let result = self
+                .drop_found(&mut port, &BTreeSet::new())
+                .and_then(|()| self.dissolve(&mut port));
+            match result {
+                Ok(()) => removed += 1,
+                Err(error) => {
+                    self.orphans.insert(number, port);
+                    failed = failed.or(Some(error));
                 }
             }
-            if let Some(port) = self.orphans.remove(number) {
-                self.dissolve(port)?;
-            }
         }
-        for number in std::mem::take(&mut self.stray_backends) {
-            self.free_backend(number)?;
-        }
+        let mut strays = std::mem::take(&mut self.stray_backends);
+        let freed = self.free_backends(&mut strays);
+        self.stray_backends = strays;
         self.state.unmap();
         self.backends.unmap();
-        Ok(stale.len())
+        failed.map_or(freed.map(|()| removed), Err)
     }
 
     /// How full the tables are.
@@ -289,24 +294,26 @@ impl Services {
         let Some(mut port) = self.ports.remove(key) else {
             return Ok(());
         };
-        match self.update_frontends(&mut port, BTreeSet::new(), ipcache) {
-            Ok(()) => self.dissolve(port),
-            Err(error) => {
-                self.ports.insert(key.clone(), port);
-                Err(error)
-            }
+        let result = self
+            .update_frontends(&mut port, BTreeSet::new(), ipcache)
+            .and_then(|()| self.dissolve(&mut port));
+        if result.is_err() {
+            self.ports.insert(key.clone(), port);
         }
+        result
     }
 
-    /// Frees all of a port that no frontend leads to.
-    fn dissolve(&mut self, port: Port) -> Result<(), TableError> {
+    /// Frees all of a port that no frontend leads to. A port of which something could not be
+    /// freed still has just that.
+    fn dissolve(&mut self, port: &mut Port) -> Result<(), TableError> {
         self.store_state(port.number, ServiceState::default())?;
-        if let Some((start, slots)) = port.region {
+        port.word = ServiceState::default();
+        if let Some((start, slots)) = port.region.take() {
             self.quarantine.retire(Retired::Region(start, slots));
         }
-        for backend in &port.backends {
-            self.free_backend(backend.number)?;
-        }
+        let backends = std::mem::take(&mut port.backends);
+        port.leaving.extend(backends.iter().map(|row| row.number));
+        self.free_backends(&mut port.leaving)?;
         self.quarantine.retire(Retired::Number(port.number));
         Ok(())
     }
@@ -343,21 +350,19 @@ impl Services {
                     port.unverified = false;
                 }
                 Err(error) => {
-                    for number in added {
-                        self.free_backend(number)?;
-                    }
+                    port.leaving.extend(added);
+                    // What cannot be freed now is tried again with the rest.
+                    let _ = self.free_backends(&mut port.leaving);
                     return Err(error);
                 }
             }
         }
         let kept: BTreeSet<u32> = backends.iter().map(|b| b.number).collect();
         let before = std::mem::replace(&mut port.backends, backends);
-        for backend in before {
-            if !kept.contains(&backend.number) {
-                self.free_backend(backend.number)?;
-            }
-        }
-        Ok(())
+        let gone = before.iter().map(|row| row.number);
+        port.leaving
+            .extend(gone.filter(|number| !kept.contains(number)));
+        self.free_backends(&mut port.leaving)
     }
 
     /// Writes the table in `scratch` to a free region and switches to it; a region found at start
@@ -404,7 +409,7 @@ impl Services {
     /// date, and new ones, written. The numbers of the new ones are the second part.
     fn place_backends(
         &mut self,
-        port: &Port,
+        port: &mut Port,
         desired: &ServicePort,
     ) -> Result<(Vec<Row>, Vec<u32>), TableError> {
         let mut rows = Vec::with_capacity(desired.backends.len());
@@ -447,9 +452,9 @@ impl Services {
             match placed {
                 Ok(row) => rows.push(row),
                 Err(error) => {
-                    for number in added {
-                        self.free_backend(number)?;
-                    }
+                    port.leaving.extend(added);
+                    // What cannot be freed now is tried again with the rest.
+                    let _ = self.free_backends(&mut port.leaving);
                     return Err(error);
                 }
             }
@@ -469,19 +474,47 @@ impl Services {
                 port.frontends.insert(frontend);
             }
         }
-        for frontend in std::mem::take(&mut port.found) {
-            let owned = self.owners.get(&frontend) == Some(&port.number);
-            if owned && !wanted.contains(&frontend) {
-                self.frontends.delete(frontend)?;
-                self.owners.remove(&frontend);
-            }
-        }
+        self.drop_found(port, &wanted)?;
         let unwanted: Vec<FrontendAddress> = port.frontends.difference(&wanted).copied().collect();
         for frontend in unwanted {
             self.release(frontend, port.number, ipcache)?;
             port.frontends.remove(&frontend);
         }
         Ok(())
+    }
+
+    /// Deletes the frontends that were found at start and that the port does not want. Those that
+    /// cannot be deleted stay noted, and so are tried again.
+    fn drop_found(
+        &mut self,
+        port: &mut Port,
+        wanted: &BTreeSet<FrontendAddress>,
+    ) -> Result<(), TableError> {
+        let (number, claimed) = (port.number, &port.frontends);
+        let mut failed = None;
+        port.found.retain(|frontend| {
+            if wanted.contains(frontend) || claimed.contains(frontend) {
+                return false;
+            }
+            if self.owners.get(frontend) != Some(&number) {
+                // Another port has claimed it; it is not to come back.
+                if let Some(others) = self.waiting.get_mut(frontend) {
+                    others.retain(|&other| other != number);
+                }
+                return false;
+            }
+            match self.frontends.delete(*frontend) {
+                Ok(()) => {
+                    self.owners.remove(frontend);
+                    false
+                }
+                Err(error) => {
+                    failed.get_or_insert(error);
+                    true
+                }
+            }
+        });
+        failed.map_or(Ok(()), Err)
     }
 
     /// Makes a frontend lead to port `number`. Another port that wants it too waits.
@@ -497,7 +530,7 @@ impl Services {
             return Ok(());
         }
         if let Err(error) = self.frontends.insert(frontend, number) {
-            ipcache.remove_frontend(frontend.address)?;
+            ipcache.undo_add_frontend(frontend.address);
             return Err(error);
         }
         self.owners.insert(frontend, number);
@@ -610,6 +643,19 @@ impl Services {
                 Retired::Region(start, slots) => self.regions.free(start, slots),
             }
         }
+    }
+
+    /// Frees rows; those that cannot be freed stay in the list.
+    fn free_backends(&mut self, numbers: &mut Vec<u32>) -> Result<(), TableError> {
+        let mut failed = None;
+        numbers.retain(|&number| match self.free_backend(number) {
+            Ok(()) => false,
+            Err(error) => {
+                failed.get_or_insert(error);
+                true
+            }
+        });
+        failed.map_or(Ok(()), Err)
     }
 
     /// Flows that point at the row are stale from here on.
