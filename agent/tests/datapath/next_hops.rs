@@ -7,7 +7,7 @@ use weir_common::{
     next_hop::{FIRST_ROW, HOST, NextHop, kind},
 };
 
-use crate::support::BpfFs;
+use crate::support::{BpfFs, ReadOnly};
 
 fn hop(family: Family, last: u8) -> Hop {
     Hop {
@@ -160,4 +160,34 @@ fn an_unknown_node_is_an_error_and_the_host_is_not() {
         .set_ipcache(prefix, class::THIS_NODE, HopRef::Host)
         .unwrap();
     assert_eq!(datapath.ipcache().entries()[&prefix].next_hop, HOST);
+}
+
+#[test]
+fn a_row_of_an_earlier_agent_that_cannot_be_written_is_not_given_away() {
+    let fs = BpfFs::new();
+    let family = Family::V4;
+    let prefixes = [cidr(family, 1)];
+    let mut datapath = fs.open();
+    let number = datapath
+        .set_hop("a", family, &prefixes, Some(hop(family, 1)))
+        .unwrap();
+    datapath
+        .set_ipcache(prefixes[0], class::REMOTE_PODS, HopRef::Node("a", family))
+        .unwrap();
+    drop(datapath);
+
+    let mut datapath = fs.open();
+    let refused = ReadOnly::new(&fs, "NEXT_HOPS");
+    datapath
+        .set_hop("a", family, &prefixes, Some(hop(family, 2)))
+        .unwrap_err();
+    drop(refused);
+    let other = datapath
+        .set_hop("b", family, &[cidr(family, 2)], Some(hop(family, 3)))
+        .unwrap();
+    assert_ne!(other, number);
+    let again = datapath
+        .set_hop("a", family, &prefixes, Some(hop(family, 2)))
+        .unwrap();
+    assert_eq!(again, number);
 }

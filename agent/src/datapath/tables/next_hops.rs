@@ -138,9 +138,10 @@ impl NextHops {
             },
         };
         let written = self.write(number, wanted);
-        if written.is_err() && !self.numbers.contains_key(&key) {
+        // A row that was found at start is named by the ipcache and waits for the next attempt.
+        let found = self.unclaimed.contains(&number);
+        if written.is_err() && !found && !self.numbers.contains_key(&key) {
             self.free.push_front(number - FIRST_ROW);
-            self.unclaimed.remove(&number);
         }
         written?;
         self.unclaimed.remove(&number);
