@@ -227,6 +227,11 @@ impl Attacher {
         Ok(stale)
     }
 
+    /// Whether there is something to replace.
+    pub fn is_attached(&self, hook: Hook, ifindex: u32) -> bool {
+        self.path(hook, ifindex).exists()
+    }
+
     fn path(&self, hook: Hook, ifindex: u32) -> PathBuf {
         self.folder.join(format!("{}-{ifindex}", hook.name()))
     }

@@ -2,11 +2,17 @@
 //! as it is, and with another layout both sides would read garbage. What differs is made anew.
 //! Everything but flows follows from the desired state; flows are carried over where only the
 //! size differs, and given up, loudly, where they cannot be understood any more.
+//!
+//! New maps are pinned beside the old ones, as `NAME~new`, and take their place when they hold
+//! everything: [`Plan::commit`]. Until then the old ones are in force, pinned and untouched, so
+//! that an agent that dies on the way has changed nothing and the next one begins again. From the
+//! appearance of the file `~ready` on the next one goes on instead.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    path::Path,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
 };
 
 use aya::maps::{MapData, MapInfo};
@@ -46,15 +52,26 @@ pub struct Migration {
     pub kept: bool,
 }
 
-/// Old maps whose content is to be carried over once the new ones exist.
-#[derive(Debug, Default)]
+/// End of the name of a new map's pin.
+const NEW: &str = "~new";
+/// While this exists the new maps are those that count.
+const READY: &str = "~ready";
+
+/// What is to be made anew, and how far that has come.
+#[derive(Debug)]
 pub(super) struct Plan {
     pub migrations: Vec<Migration>,
-    old: BTreeMap<String, MapData>,
+    folder: PathBuf,
+    /// Maps of the object that do not fit, and whether their content is carried over.
+    anew: BTreeMap<String, bool>,
+    /// Pins that nobody knows.
+    unknown: Vec<String>,
+    pending: bool,
 }
 
-/// Compares, and removes the pins that do not fit.
+/// Ends what an earlier agent began, and compares.
 pub(super) fn prepare(folder: &Path, shapes: &[MapShape]) -> Result<Plan, DatapathError> {
+    settle(folder)?;
     let mut misfits: BTreeMap<String, Misfit> = BTreeMap::new();
     let pins = names(folder)?;
     if let Some(version) = pinned_version(folder)?.filter(|version| *version != ABI_VERSION) {
@@ -78,15 +95,14 @@ pub(super) fn prepare(folder: &Path, shapes: &[MapShape]) -> Result<Plan, Datapa
         }
     }
 
-    let mut plan = Plan::default();
+    let mut plan = Plan {
+        migrations: Vec::new(),
+        folder: folder.to_path_buf(),
+        anew: BTreeMap::new(),
+        unknown: Vec::new(),
+        pending: !misfits.is_empty(),
+    };
     for (map, misfit) in misfits {
-        let path = folder.join(&map);
-        if misfit.keep {
-            let old = MapData::from_pin(&path)
-                .map_err(|error| DatapathError::pin(&path, io::Error::other(error)))?;
-            plan.old.insert(map.clone(), old);
-        }
-        fs::remove_file(&path).map_err(|error| DatapathError::pin(&path, error))?;
         let flows_lost = !misfit.keep && FLOW_MAPS.contains(&map.as_str());
         if flows_lost {
             tracing::error!(
@@ -103,6 +119,11 @@ pub(super) fn prepare(folder: &Path, shapes: &[MapShape]) -> Result<Plan, Datapa
                 "pinned map is made anew"
             );
         }
+        if shapes.iter().any(|shape| shape.name == map) {
+            plan.anew.insert(map.clone(), misfit.keep);
+        } else {
+            plan.unknown.push(map.clone());
+        }
         plan.migrations.push(Migration {
             map,
             reason: misfit.reason,
@@ -112,31 +133,63 @@ pub(super) fn prepare(folder: &Path, shapes: &[MapShape]) -> Result<Plan, Datapa
     Ok(plan)
 }
 
+/// After a crash: pins that were to take the place of others do so if all were ready, and go
+/// otherwise.
+fn settle(folder: &Path) -> Result<(), DatapathError> {
+    let ready = folder.join(READY);
+    let is_ready = ready.is_symlink();
+    for name in entries(folder)? {
+        let Some(map) = name.strip_suffix(NEW) else {
+            continue;
+        };
+        let path = folder.join(&name);
+        let result = if is_ready {
+            fs::rename(&path, folder.join(map))
+        } else {
+            fs::remove_file(&path)
+        };
+        result.map_err(|error| DatapathError::pin(&path, error))?;
+    }
+    if is_ready {
+        fs::remove_file(&ready).map_err(|error| DatapathError::pin(&ready, error))?;
+    }
+    Ok(())
+}
+
 impl Plan {
+    /// Where a map of the object is pinned, for the loader to take it or make it.
+    pub fn pin(&self, map: &str) -> PathBuf {
+        if self.pending && self.anew.contains_key(map) {
+            self.folder.join(format!("{map}{NEW}"))
+        } else {
+            self.folder.join(map)
+        }
+    }
+
     /// Carries the content of the old maps over. The programs that are attached still use the
     /// old ones: a connection that begins before they are replaced is not carried over, and is
     /// decided again, by the same hash, at its next packet.
-    pub fn carry_over(self, folder: &Path) -> Result<Vec<Migration>, DatapathError> {
-        let raw = |map: &MapData| RawMap::new(map);
+    pub fn carry_over(&self) -> Result<(), DatapathError> {
+        let open = |path: PathBuf| {
+            MapData::from_pin(&path)
+                .map_err(io::Error::other)
+                .and_then(|map| RawMap::new(&map))
+                .map_err(|error| DatapathError::pin(&path, error))
+        };
+        let old = |name: &str| open(self.folder.join(name));
+        let new = |name: &str| open(self.pin(name));
+        let kept = |name: &str| self.anew.get(name) == Some(&true);
         let mut copied = BTreeSet::new();
         for (family, row) in [("V4", 0u32), ("V6", 1)] {
             let (flows, ring) = (format!("FLOWS_{family}"), format!("FLOW_RING_{family}"));
-            let (Some(old_flows), Some(old_ring)) = (self.old.get(&flows), self.old.get(&ring))
-            else {
+            if !kept(&flows) || !kept(&ring) {
                 continue;
-            };
-            let open = |name: &str| {
-                let path = folder.join(name);
-                MapData::from_pin(&path)
-                    .map_err(io::Error::other)
-                    .and_then(|map| RawMap::new(&map))
-                    .map_err(|error| DatapathError::pin(&path, error))
-            };
+            }
             let copy = Flows {
-                old: raw(old_flows).map_err(DatapathError::Migrate)?,
-                old_ring: raw(old_ring).map_err(DatapathError::Migrate)?,
-                new: open(&flows)?,
-                new_ring: open(&ring)?,
+                old: old(&flows)?,
+                old_ring: old(&ring)?,
+                new: new(&flows)?,
+                new_ring: new(&ring)?,
             };
             let result = match family {
                 "V4" => copy.run::<Ipv4>(),
@@ -146,7 +199,7 @@ impl Plan {
             let state = FlowRingState {
                 hand: u64::from(kept),
             };
-            open("FLOW_RING_STATE")?
+            new("FLOW_RING_STATE")?
                 .update(&row.to_ne_bytes(), sys::bytes_of(&state))
                 .map_err(DatapathError::Migrate)?;
             tracing::info!(
@@ -157,17 +210,39 @@ impl Plan {
             );
             copied.extend([flows, ring]);
         }
-        for (name, old) in &self.old {
-            if copied.contains(name) {
-                continue;
+        for name in self.anew.keys() {
+            if kept(name) && !copied.contains(name) {
+                copy_entries(&old(name)?, &new(name)?).map_err(DatapathError::Migrate)?;
             }
-            let path = folder.join(name);
-            let new = MapData::from_pin(&path)
-                .map_err(|error| DatapathError::pin(&path, io::Error::other(error)))?;
-            let result = raw(old).and_then(|old| copy_entries(&old, &raw(&new)?));
-            result.map_err(DatapathError::Migrate)?;
         }
-        Ok(self.migrations)
+        Ok(())
+    }
+
+    /// The new maps take the place of the old ones, all or none; again has no effect.
+    pub fn commit(&mut self) -> Result<(), DatapathError> {
+        if !self.pending {
+            return Ok(());
+        }
+        for name in &self.unknown {
+            let path = self.folder.join(name);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(DatapathError::pin(&path, error));
+                }
+                _ => {}
+            }
+        }
+        let ready = self.folder.join(READY);
+        match symlink("new", &ready) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(DatapathError::pin(&ready, error));
+            }
+            _ => {}
+        }
+        settle(&self.folder)?;
+        self.pending = false;
+        tracing::info!("the new maps hold everything and have taken the place of the old ones");
+        Ok(())
     }
 }
 
@@ -272,7 +347,14 @@ fn pinned_version(folder: &Path) -> Result<Option<u32>, DatapathError> {
     Ok(version.filter(|version| *version != 0))
 }
 
+/// Every pin of a map.
 fn names(folder: &Path) -> Result<BTreeSet<String>, DatapathError> {
+    let mut names = entries(folder)?;
+    names.retain(|name| name != READY && !name.ends_with(NEW));
+    Ok(names)
+}
+
+fn entries(folder: &Path) -> Result<BTreeSet<String>, DatapathError> {
     fs::read_dir(folder)
         .and_then(|entries| {
             entries

@@ -14,12 +14,7 @@ use aya::{
 use nix::sys::statfs::{FsType, statfs};
 use weir_common::metrics::{HOOKS, Hook};
 
-use super::{
-    DatapathError, DatapathOptions,
-    layout::{self, Migration},
-    object, probe,
-    sys::RawMap,
-};
+use super::{DatapathError, DatapathOptions, layout, object, probe, sys::RawMap};
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
@@ -27,11 +22,11 @@ const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 /// Loaded programs, and maps by name.
 pub(super) struct Loaded {
     pub ebpf: Ebpf,
-    pub migrations: Vec<Migration>,
+    pub layout: layout::Plan,
     pub links: PathBuf,
 }
 
-/// Makes the folders, replaces pins that do not fit, loads the object and its programs.
+/// Makes the folders, loads the object with new maps for pins that do not fit, and its programs.
 pub(super) fn load(object: &[u8], options: &DatapathOptions) -> Result<Loaded, DatapathError> {
     check_bpffs(&options.bpf_root)?;
     let maps = options.bpf_root.join("maps");
@@ -41,13 +36,13 @@ pub(super) fn load(object: &[u8], options: &DatapathOptions) -> Result<Loaded, D
     }
 
     let shapes = object::shapes(object, options)?;
-    let plan = layout::prepare(&maps, &shapes)?;
+    let layout = layout::prepare(&maps, &shapes)?;
 
     let globals = Globals::new(options);
     let mut loader = EbpfLoader::new();
     globals.set(&mut loader);
     for shape in &shapes {
-        loader.map_pin_path(shape.name.as_str(), maps.join(&shape.name));
+        loader.map_pin_path(shape.name.as_str(), layout.pin(&shape.name));
     }
     for (name, entries) in object::sizes(options) {
         loader.map_max_entries(name, entries);
@@ -55,12 +50,12 @@ pub(super) fn load(object: &[u8], options: &DatapathOptions) -> Result<Loaded, D
     let mut ebpf = loader
         .load(object)
         .map_err(|error| DatapathError::Load(Box::new(error)))?;
-    let migrations = plan.carry_over(&maps)?;
+    layout.carry_over()?;
 
     load_programs(&mut ebpf)?;
     Ok(Loaded {
         ebpf,
-        migrations,
+        layout,
         links,
     })
 }

@@ -198,7 +198,7 @@ pub struct Datapath {
     ebpf: Ebpf,
     attacher: Attacher,
     expedite: Expedite,
-    migrations: Vec<Migration>,
+    layout: layout::Plan,
     config: ConfigTable,
     endpoints: EndpointTable,
     ipcache: Ipcache,
@@ -213,7 +213,7 @@ impl std::fmt::Debug for Datapath {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Datapath")
             .field("attacher", &self.attacher)
-            .field("migrations", &self.migrations)
+            .field("layout", &self.layout)
             .finish_non_exhaustive()
     }
 }
@@ -280,7 +280,6 @@ impl Datapath {
                 mode,
             },
             expedite: Expedite::new(options.expedite_rcu && mode == AttachMode::Tcx),
-            migrations: std::mem::take(&mut loaded.migrations),
             config,
             endpoints,
             ipcache,
@@ -289,16 +288,19 @@ impl Datapath {
             counters: Counters::new(loaded.raw("METRICS")?, loaded.raw("LOOKUPS")?),
             flows: FlowSweeper::new(loaded.raw("FLOWS_V4")?, loaded.raw("FLOWS_V6")?),
             events: Some(loaded.map("EVENTS")?),
+            layout: loaded.layout,
             ebpf: loaded.ebpf,
         })
     }
 
     /// Pinned maps that did not fit and were made anew. The programs that an earlier agent
     /// attached use the old ones until they are replaced: apply all desired state before
-    /// attaching if this is not empty.
+    /// attaching if this is not empty. The first of them that is replaced, or [`Self::prune`],
+    /// makes the new maps those that the next agent finds; an agent that dies before has changed
+    /// nothing, and the next one sees the same migrations.
     #[must_use]
     pub fn migrations(&self) -> &[Migration] {
-        &self.migrations
+        &self.layout.migrations
     }
 
     /// How programs are attached on this kernel.
@@ -331,6 +333,9 @@ impl Datapath {
     }
 
     fn attach(&mut self, hook: Hook, ifindex: u32, device: &str) -> Result<(), DatapathError> {
+        if self.attacher.is_attached(hook, ifindex) {
+            self.layout.commit()?;
+        }
         let program = loader::program(&mut self.ebpf, hook.name())?;
         self.attacher.attach(program, hook, ifindex, device)
     }
@@ -509,7 +514,8 @@ impl Datapath {
     /// # Errors
     ///
     /// The kernel's; the call can be repeated.
-    pub fn prune(&mut self) -> Result<Pruned, TableError> {
+    pub fn prune(&mut self) -> Result<Pruned, DatapathError> {
+        self.layout.commit()?;
         Ok(Pruned {
             services: self.services.prune()?,
             prefixes: self.ipcache.prune()?,

@@ -57,6 +57,33 @@ fn programs(mode: AttachMode, device: &str, direction: TcAttachType) -> Vec<u32>
 }
 
 #[test]
+fn the_first_program_that_is_replaced_ends_a_migration() {
+    in_namespace(|| {
+        let fs = BpfFs::new();
+        ip("link add pod type veth peer name inside");
+        ip("link add new type veth peer name other");
+        let mode = AttachMode::Tcx;
+        let mut datapath = open(&fs, mode);
+        datapath.attach_endpoint(index("pod"), "pod").unwrap();
+        drop(datapath);
+
+        let mut options = fs.options();
+        options.connections *= 2;
+        let size = || {
+            aya::maps::MapInfo::from_pin(fs.pin("FLOW_RING_V4"))
+                .unwrap()
+                .max_entries()
+        };
+        let mut datapath = Datapath::open_with(object::OBJECT, &options, Some(mode)).unwrap();
+        // A pod that starts meanwhile has no earlier programs.
+        datapath.attach_endpoint(index("new"), "new").unwrap();
+        assert_eq!(size(), fs.options().connections);
+        datapath.attach_endpoint(index("pod"), "pod").unwrap();
+        assert_eq!(size(), options.connections);
+    });
+}
+
+#[test]
 fn this_kernel_is_probed() {
     let fs = BpfFs::new();
     let mode = fs.open().attach_mode();

@@ -167,13 +167,14 @@ fn connections_are_carried_over_to_a_table_of_another_size() {
     for connections in [4096, 2] {
         let mut options = fs.options();
         options.connections = connections;
-        let datapath = Datapath::open(&options).unwrap();
+        let mut datapath = Datapath::open(&options).unwrap();
         assert!(
             datapath.migrations().iter().all(|m| m.kept),
             "{:?}",
             datapath.migrations()
         );
         assert_eq!(datapath.migrations().len(), 4);
+        datapath.prune().unwrap();
         let kept = connections.min(3);
         check::<Ipv4>(&fs, "V4", 0, kept);
         check::<Ipv6>(&fs, "V6", 1, kept);

@@ -42,7 +42,7 @@ fn a_map_of_another_layout_is_made_anew() {
     fs::remove_file(fs.pin("NEXT_HOPS")).unwrap();
     let other = Array::<MapData, u64>::create(8192, 0).unwrap();
     other.pin(fs.pin("NEXT_HOPS")).unwrap();
-    let datapath = fs.open();
+    let mut datapath = fs.open();
     let changed: BTreeSet<&str> = datapath
         .migrations()
         .iter()
@@ -64,6 +64,7 @@ fn a_map_of_another_layout_is_made_anew() {
         reason.contains("bytes of a value 8 instead of 28"),
         "{reason}"
     );
+    datapath.prune().unwrap();
     assert_eq!(
         MapInfo::from_pin(fs.pin("NEXT_HOPS")).unwrap().value_size(),
         28
@@ -95,8 +96,9 @@ fn a_pin_that_nobody_knows_is_removed() {
     drop(fs.open());
     let other = Array::<MapData, u64>::create(1, 0).unwrap();
     other.pin(fs.pin("OLD_FEATURE")).unwrap();
-    let datapath = fs.open();
+    let mut datapath = fs.open();
     assert_eq!(datapath.migrations().len(), 1);
+    datapath.prune().unwrap();
     assert!(!fs.pin("OLD_FEATURE").exists());
 }
 
@@ -126,6 +128,7 @@ fn services_survive_larger_and_smaller_tables() {
         .apply_service(&key(family, 1), Some(&port(family, 1, 1..=3)))
         .unwrap();
     assert_eq!(after, before);
+    datapath.prune().unwrap();
     assert_eq!(
         rows,
         after

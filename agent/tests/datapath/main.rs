@@ -6,6 +6,7 @@ mod attach;
 mod endpoints;
 mod flows;
 mod layout;
+mod layout_crash;
 mod next_hops;
 mod services;
 mod services_retry;
