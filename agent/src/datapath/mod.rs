@@ -386,8 +386,11 @@ impl Datapath {
     }
 
     /// For changes of the configuration.
-    pub fn config_mut(&mut self) -> &mut ConfigTable {
-        &mut self.config
+    pub fn config_mut(&mut self) -> Configure<'_> {
+        Configure {
+            config: &mut self.config,
+            ipcache: &mut self.ipcache,
+        }
     }
 
     /// The endpoints in the kernel.
@@ -606,6 +609,36 @@ impl Datapath {
         .into_iter()
         .map(|(map, entries, max)| MapFill { map, entries, max })
         .collect()
+    }
+}
+
+/// Changes the configuration: its row, and what the ipcache says of pod ranges.
+pub struct Configure<'a> {
+    config: &'a mut ConfigTable,
+    ipcache: &'a mut Ipcache,
+}
+
+impl Configure<'_> {
+    /// See [`ConfigTable::apply`]. All of a pod range that is larger than what has rows in
+    /// `LOCAL_ADDRESSES_*` counts as this node's.
+    ///
+    /// # Errors
+    ///
+    /// As there, or the ipcache is full.
+    pub fn apply(&mut self, config: &NodeConfig) -> Result<(), TableError> {
+        let large: BTreeSet<IpNet> = tables::config::large_ranges(config).collect();
+        self.ipcache.add_large_ranges(&large)?;
+        self.config.apply(config)?;
+        self.ipcache.keep_large_ranges(&large)
+    }
+
+    /// See [`ConfigTable::set_new_flow_events`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn set_new_flow_events(&mut self, on: bool) -> Result<(), TableError> {
+        self.config.set_new_flow_events(on)
     }
 }
 

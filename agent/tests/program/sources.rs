@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use weir_agent::datapath::NodeConfig;
 use weir_common::{DropReason, MacAddress, endpoint, metrics::Hook};
 
 use crate::{
@@ -352,5 +353,41 @@ fn solicitations_for_the_gateway_are_answered() {
             &plain,
             Verdict::Stack,
         ));
+    });
+}
+
+/// Pods get addresses of the first 16,384 only; those beyond are inside all the same.
+#[test]
+fn all_of_a_large_pod_range_is_inside() {
+    for_both_families(|bed| {
+        let mut config = NodeConfig {
+            pod_ranges: ["10.1.0.0/24", "fd01::/64", "10.8.0.0/16", "fd08::/48"]
+                .map(|range| range.parse().unwrap())
+                .into(),
+            ..NodeConfig::default()
+        };
+        bed.datapath.config_mut().apply(&config).unwrap();
+        let (sources, range) = if bed.is_v4() {
+            (
+                ["10.8.0.9", "10.8.63.255", "10.8.64.0", "10.8.255.254"],
+                "10.8.0.0/16",
+            )
+        } else {
+            (
+                ["fd08::9", "fd08::3fff", "fd08::4000", "fd08:0:0:1::1:9"],
+                "fd08::/48",
+            )
+        };
+        for source in sources {
+            let packet = bed.incoming(source.parse().unwrap(), bed.pod(CLIENT), udp(1, 80));
+            bed.check(Case::from_netdev(source, &packet, SPOOFED));
+            // For a pod they are addresses that nobody has: the stack's route answers.
+            let packet = bed.leaving(CLIENT, source.parse().unwrap(), udp(1, 80));
+            bed.check(Case::from_pod(source, CLIENT, &packet, Verdict::Stack));
+        }
+        config.pod_ranges.truncate(2);
+        bed.datapath.config_mut().apply(&config).unwrap();
+        let range: ipnet::IpNet = range.parse().unwrap();
+        assert!(!bed.datapath.ipcache().entries().contains_key(&range));
     });
 }

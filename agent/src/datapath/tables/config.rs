@@ -32,6 +32,15 @@ pub fn usable_addresses(range: IpNet) -> u32 {
         .map_or(USABLE_MAX, |all| all.min(USABLE_MAX))
 }
 
+/// Ranges that are larger than what pods can have of them.
+pub(crate) fn large_ranges(config: &NodeConfig) -> impl Iterator<Item = IpNet> + '_ {
+    let is_large = |range: &&IpNet| {
+        let bits = range.max_prefix_len() - range.prefix_len();
+        u128::from(usable_addresses(**range)) < 1u128.checked_shl(bits.into()).unwrap_or(u128::MAX)
+    };
+    config.pod_ranges.iter().filter(is_large).map(IpNet::trunc)
+}
+
 /// What can be configured while the programs run.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct NodeConfig {
@@ -139,7 +148,26 @@ impl ConfigTable {
             pod_ranges_v4: place(&v4, &self.row.pod_ranges_v4)?,
             pod_ranges_v6: place(&v6, &self.row.pod_ranges_v6)?,
         };
-        self.write(row)
+        let before = self.row;
+        self.write(row)?;
+        for range in large_ranges(config) {
+            let known = match range.trunc() {
+                IpNet::V4(net) => before.pod_ranges_v4.iter().any(|r| {
+                    r.is_used() && r.base == net.network().into() && r.mask == net.netmask().into()
+                }),
+                IpNet::V6(net) => before.pod_ranges_v6.iter().any(|r| {
+                    r.is_used() && r.base == net.network().into() && r.mask == net.netmask().into()
+                }),
+            };
+            if !known {
+                tracing::info!(
+                    %range,
+                    used = USABLE_MAX,
+                    "the pod range is larger than what pods get addresses of: the first are used"
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Whether the programs send an event for every new flow too.
@@ -228,7 +256,7 @@ fn place<A: Address>(
         let first_index = match kept((base, mask, length)) {
             Some(range) => range.first_index,
             None => {
-                let first = first_gap(&mut taken, length).ok_or_else(|| {
+                let first = first_gap(&taken, length).ok_or_else(|| {
                     TableError::Invalid(format!(
                         "no room for {length} addresses among {LOCAL_ADDRESSES_MAX} while older \
                          pod ranges are in use"
@@ -248,17 +276,21 @@ fn place<A: Address>(
     Ok(rows)
 }
 
-/// The lowest index from which `length` rows are in none of `taken` (index, length).
-fn first_gap(taken: &mut [(u32, u32)], length: u32) -> Option<u32> {
-    taken.sort_unstable();
-    let mut start = 0;
-    for &mut (first, size) in taken {
-        if start + length <= first {
-            break;
-        }
-        start = start.max(first + size);
-    }
-    (start + length <= LOCAL_ADDRESSES_MAX).then_some(start)
+/// The first index from which `length` rows are in none of `taken` (index, length). Each range
+/// begins a part of its own, so that whichever come and go, there is room for every one.
+fn first_gap(taken: &[(u32, u32)], length: u32) -> Option<u32> {
+    let ends = taken.iter().map(|(first, size)| first + size);
+    (0..LOCAL_ADDRESSES_MAX)
+        .step_by(USABLE_MAX as usize)
+        // Ranges of an earlier version may stand anywhere.
+        .chain(ends)
+        .find(|&start| {
+            let end = start + length;
+            end <= LOCAL_ADDRESSES_MAX
+                && taken
+                    .iter()
+                    .all(|&(first, size)| end <= first || first + size <= start)
+        })
 }
 
 #[cfg(test)]
@@ -298,13 +330,53 @@ mod tests {
             range("10.2.0.0/25"),
         );
         let rows = place(&[a, b], &none).unwrap();
-        assert_eq!((rows[0].first_index, rows[1].first_index), (0, 256));
+        assert_eq!((rows[0].first_index, rows[1].first_index), (0, 16_384));
         let rows = place(&[b, c], &rows).unwrap();
-        assert_eq!((rows[0].first_index, rows[1].first_index), (256, 0));
+        assert_eq!((rows[0].first_index, rows[1].first_index), (16_384, 0));
         let rows = place(&[a, c, b], &rows).unwrap();
-        assert_eq!(rows[2].first_index, 256, "kept");
+        assert_eq!(rows[2].first_index, 16_384, "kept");
         assert_eq!(rows[1].first_index, 0, "kept");
-        assert_eq!(rows[0].first_index, 256 + 16_384, "the gap is too small");
+        assert_eq!(rows[0].first_index, 2 * 16_384);
+    }
+
+    #[test]
+    fn there_is_room_for_four_ranges_in_whatever_order_they_come() {
+        let none = [PodRange::default(); POD_RANGES_MAX];
+        let large = |i: u8| range(&format!("10.{i}.0.0/16"));
+        let small = range("10.0.0.0/24");
+        let rows = place(&[small, large(1), large(2), large(3)], &none).unwrap();
+        // The small one goes and a large one comes.
+        let rows = place(&[large(1), large(2), large(3), large(4)], &rows).unwrap();
+        let places: std::collections::BTreeSet<u32> =
+            rows.iter().map(|row| row.first_index / 16_384).collect();
+        assert_eq!(places.len(), 4);
+    }
+
+    #[test]
+    fn ranges_packed_by_an_earlier_version_leave_room_for_what_fits() {
+        let taken = [(0, 256), (256, 16_384), (16_640, 16_384)];
+        assert_eq!(first_gap(&taken, 16_384), Some(49_152));
+        let taken = [(0, 256), (256, 16_384), (16_640, 16_384), (33_024, 16_384)];
+        assert_eq!(first_gap(&taken, 256), Some(49_408));
+        assert_eq!(first_gap(&taken, 16_384), None);
+    }
+
+    /// IPAM and this table count alike: no pod gets an address that has no row.
+    #[test]
+    fn ipam_uses_what_has_a_row() {
+        for cidr in [
+            "10.0.0.0/8",
+            "10.0.0.0/17",
+            "10.0.0.0/18",
+            "10.0.0.0/29",
+            "fd00::/64",
+        ] {
+            let range: IpNet = cidr.parse().unwrap();
+            let mut ipam = crate::ipam::Ipam::new(0);
+            assert!(ipam.set_ranges(&[range]).is_empty());
+            let info = ipam.ranges().next().unwrap();
+            assert_eq!(info.length, usable_addresses(range), "{cidr}");
+        }
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The writer of `IPCACHE_V4` and `IPCACHE_V6`. A prefix can be wanted for two causes at once: by
 //! the node manager (pods and nodes) and because it is an address of Services. The Services decide
 //! what is written: kube-proxy's ipvs mode and node-local DNS caches put their addresses on a device
-//! of the node.
+//! of the node. Pod ranges of this node of which only the first addresses have rows in
+//! `LOCAL_ADDRESSES_*` stand here for the rest, so that nothing from outside may claim to be there.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
@@ -38,6 +39,8 @@ struct Row {
     explicit: Option<IpcacheEntry>,
     /// Frontends of Services at this address.
     frontends: u32,
+    /// A pod range of this node of which only a part has rows.
+    large_range: bool,
     /// As it stands in the kernel.
     written: Option<IpcacheEntry>,
 }
@@ -48,7 +51,12 @@ impl Row {
             class: class::SERVICE,
             ..IpcacheEntry::default()
         });
-        service.or(self.explicit)
+        let this_node = self.large_range.then_some(IpcacheEntry {
+            class: class::THIS_NODE,
+            next_hop: next_hop::HOST,
+            ..IpcacheEntry::default()
+        });
+        service.or(self.explicit).or(this_node)
     }
 }
 
@@ -90,6 +98,32 @@ impl Ipcache {
     /// The kernel's.
     pub fn remove(&mut self, prefix: IpNet) -> Result<(), TableError> {
         self.change(prefix, |row| row.explicit = None)
+    }
+
+    /// These are pod ranges of this node that are larger than their part of `LOCAL_ADDRESSES_*`.
+    pub(crate) fn add_large_ranges(&mut self, ranges: &BTreeSet<IpNet>) -> Result<(), TableError> {
+        for range in ranges {
+            self.change(*range, |row| row.large_range = true)?;
+        }
+        Ok(())
+    }
+
+    /// Others are not.
+    pub(crate) fn keep_large_ranges(&mut self, keep: &BTreeSet<IpNet>) -> Result<(), TableError> {
+        let rows = self.rows.iter().filter(|(_, row)| row.large_range);
+        let gone: Vec<IpNet> = rows
+            .map(|(range, _)| *range)
+            .filter(|range| !keep.contains(range))
+            .collect();
+        for range in gone {
+            self.change(range, |row| row.large_range = false)
+                .inspect_err(|_| {
+                    if let Some(row) = self.rows.get_mut(&range) {
+                        row.large_range = true;
+                    }
+                })?;
+        }
+        Ok(())
     }
 
     /// One more frontend of a Service has this address.
