@@ -35,6 +35,7 @@ use crate::{
 
 mod apply;
 pub mod cleanup;
+mod drift;
 mod endpoints;
 pub mod names;
 pub mod rows;
@@ -106,6 +107,8 @@ pub struct Agent {
     flow_events: bool,
     events_lost: u64,
     ticks: u32,
+    /// Since the last tick.
+    network_has_changed: bool,
 }
 
 /// Problems that belong to no row.
@@ -231,6 +234,7 @@ impl Agent {
             flow_events: false,
             events_lost: 0,
             ticks: 0,
+            network_has_changed: false,
             settings,
         };
         agent.take_over().await?;
@@ -337,6 +341,7 @@ impl Agent {
 
     async fn network_changed(&mut self, event: NetlinkEvent) {
         self.device_names.clear();
+        self.network_has_changed = true;
         match event {
             NetlinkEvent::Changed => self.mark(Row::Network),
             NetlinkEvent::LinkRemoved(ifindex) => {
@@ -434,7 +439,14 @@ impl Agent {
         }
         self.switch_flow_events();
         self.tell_lost_events();
-        if self.ticks.is_multiple_of(ENDPOINT_TICKS) {
+        let is_due = self.ticks.is_multiple_of(ENDPOINT_TICKS);
+        let changed = std::mem::take(&mut self.network_has_changed);
+        let drifted = if is_due || changed {
+            self.find_drift(changed).await
+        } else {
+            0
+        };
+        if is_due || drifted > 0 {
             let before = self.endpoints.list().len();
             let (endpoints, mut wiring) = self.endpoints_and_wiring();
             let errors = endpoints.tick(&mut wiring, boot_seconds()).await;

@@ -26,8 +26,8 @@ impl Agent {
         };
         let counters = self.datapath.counters().all();
         let counters = counters.map_err(|error| internal("the packet counters", &error))?;
-        let attachments = self.datapath.attachments();
-        let attachments = attachments.map_err(|error| internal("what is attached", &error))?;
+        // Without them the rest is worth as much; the problem stands among the others.
+        let attachments = self.datapath.attachments().unwrap_or_default();
         let usage = self.endpoints.usage();
         let progress = self.progress.borrow();
         let source = v1::Source {
@@ -127,9 +127,24 @@ impl Agent {
                 problems.push(format!("pod {name} is {}", endpoint.state));
             }
         }
+        problems.extend(self.unreachable_nodes());
+        if let Err(error) = self.datapath.attachments() {
+            problems.push(format!("cannot read what is attached: {error}"));
+        }
         problems.extend(self.notes.all().cloned());
         problems.extend(sysctl::strict_rp_filter());
         problems
+    }
+
+    /// Nodes whose pods cannot be reached, with the reason; one line for each family.
+    fn unreachable_nodes(&self) -> impl Iterator<Item = String> + '_ {
+        self.plan.hops.iter().filter_map(|((node, family), hop)| {
+            let why = hop.as_ref().err()?;
+            Some(format!(
+                "pods of node {node} cannot be reached by {}: {why}",
+                family.name()
+            ))
+        })
     }
 
     pub(super) fn list_services(&self) -> v1::ListServicesResponse {

@@ -332,6 +332,24 @@ impl Datapath {
         self.attach(Hook::FromNetdev, ifindex, device)
     }
 
+    /// Whether both programs are attached to the host side of a pod's veth pair.
+    #[must_use]
+    pub fn is_endpoint_attached(&self, ifindex: u32) -> bool {
+        self.is_attached([Hook::FromPod, Hook::ToPod], ifindex)
+    }
+
+    /// Whether both programs are attached to a device of the node.
+    #[must_use]
+    pub fn is_device_attached(&self, ifindex: u32) -> bool {
+        self.is_attached([Hook::FromNetdev, Hook::ToNetdev], ifindex)
+    }
+
+    fn is_attached(&self, hooks: [Hook; 2], ifindex: u32) -> bool {
+        hooks
+            .into_iter()
+            .all(|hook| self.attacher.is_attached(hook, ifindex))
+    }
+
     fn attach(&mut self, hook: Hook, ifindex: u32, device: &str) -> Result<(), DatapathError> {
         if self.attacher.is_attached(hook, ifindex) {
             self.layout.commit()?;

@@ -301,6 +301,15 @@ impl EndpointManager {
         Ok(Some(spec))
     }
 
+    /// Something of an endpoint is missing in the kernel: the next [`Self::tick`] installs it again.
+    pub fn suspect(&mut self, key: &EndpointKey, why: &str) {
+        if let Some(endpoint) = self.endpoints.get_mut(key)
+            && endpoint.state == EndpointState::Ready
+        {
+            endpoint.state = EndpointState::Failing(why.to_owned());
+        }
+    }
+
     /// To be called after [`Self::restore`] and every few seconds: installs and releases what that found, drops reservations that nobody committed in
     /// [`RESERVATION_SECONDS`], and tries again what the kernel refused. Returns what it still refuses.
     pub async fn tick(&mut self, wiring: &mut impl Wiring, now: u64) -> Vec<EndpointError> {

@@ -160,7 +160,7 @@ impl ConfigTable {
                 }),
             };
             if !known {
-                tracing::info!(
+                tracing::debug!(
                     %range,
                     used = USABLE_MAX,
                     "the pod range is larger than what pods get addresses of: the first are used"

@@ -1,0 +1,99 @@
+//! What somebody else takes out of the kernel comes back, and what cannot be had is said.
+
+use std::{fs, net::SocketAddr};
+
+use anyhow::{Context as _, Result};
+use weir_tests::{Cluster, Node, Pod, TestResult, cluster::cluster_ips, traffic, wait_for};
+
+const PORT: u16 = 8080;
+
+/// Everything that a pod is used for: the node reaches it, and it reaches a Service.
+fn works(node: &Node, server: &Pod, client: &Pod) -> Result<()> {
+    for address in &server.addresses {
+        let to = SocketAddr::new(*address, PORT);
+        node.run(|| traffic::tcp_name(to))
+            .with_context(|| format!("from the node to {to}"))?;
+    }
+    for vip in cluster_ips(10) {
+        let to = SocketAddr::new(vip, 80);
+        client
+            .run(|| traffic::tcp_name(to))
+            .with_context(|| format!("from a pod to {to}"))?;
+    }
+    Ok(())
+}
+
+fn problems(node: &Node) -> Result<String> {
+    Ok(node.weir_json(&["status"])?["problems"].to_string())
+}
+
+#[test]
+fn what_is_taken_away_comes_back() -> TestResult {
+    let cluster = Cluster::builder("drift").start()?;
+    let node = cluster.node("node1");
+    let server = cluster.pod("node1", "server")?;
+    let client = cluster.pod("node1", "client")?;
+    let remote = cluster.pod("node2", "remote")?;
+    let _servers = (server.serve(PORT)?, remote.serve(PORT)?);
+    cluster.service_of_pods("web", &cluster_ips(10), PORT, &[&server, &remote])?;
+    works(node, &server, &client)?;
+    let endpoints = node.weir_json(&["endpoint", "list"])?;
+    let device = endpoints[0]["host_ifname"]
+        .as_str()
+        .context("a pod has a device")?
+        .to_owned();
+    let links = node.bpf_root.join("links");
+    let attached = || anyhow::Ok(fs::read_dir(&links)?.count());
+    let before: usize = attached()?;
+
+    let take_away: [(&str, &dyn Fn() -> Result<()>); 3] = [
+        ("all programs are detached", &|| {
+            for entry in fs::read_dir(&links)? {
+                fs::remove_file(entry?.path())?;
+            }
+            Ok(())
+        }),
+        ("all routes of Weir are removed", &|| {
+            for family in ["-4", "-6"] {
+                let arguments = [family, "route", "flush", "proto", "157"];
+                node.netns.tool("ip", &arguments)?;
+            }
+            Ok(())
+        }),
+        ("a pod's device goes down and up", &|| {
+            for state in ["down", "up"] {
+                node.netns
+                    .tool("ip", &["link", "set", device.as_str(), state])?;
+            }
+            Ok(())
+        }),
+    ];
+    for (what, take_away) in take_away {
+        take_away().context(what)?;
+        wait_for(what, 2 * traffic::TIMEOUT, || {
+            works(node, &server, &client)?;
+            anyhow::ensure!(attached()? == before, "programs are missing");
+            let problems = problems(node)?;
+            anyhow::ensure!(problems == "[]", "{problems}");
+            Ok(Some(()))
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_node_that_cannot_be_reached_is_a_problem() -> TestResult {
+    let cluster = Cluster::builder("unreachable").start()?;
+    let node = cluster.node("node1");
+    assert_eq!(problems(node)?, "[]");
+    node.netns.tool("ip", &["link", "set", "eth0", "down"])?;
+    wait_for("the node to be out of reach", traffic::TIMEOUT, || {
+        let said = problems(node)?;
+        for family in ["IPv4", "IPv6"] {
+            let expected = format!("pods of node node2 cannot be reached by {family}");
+            anyhow::ensure!(said.contains(&expected), "{said}");
+        }
+        Ok(Some(()))
+    })?;
+    Ok(())
+}
