@@ -1,6 +1,7 @@
 //! A cluster: nodes on one link, an agent on each, pods on the nodes, and the objects that describe them.
 
 use std::{
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{
         Arc, Mutex,
@@ -224,6 +225,9 @@ impl Cluster {
         ))?;
         let host = u8::try_from(10 + number)?;
         let mut addresses = Vec::new();
+        // A link-local address that is being checked cannot ask for neighbours; the first packet of a new
+        // cluster would wait a second.
+        netns.run(|| fs::write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0"))?;
         netns.ip("link set eth0 up")?;
         for ((address, length), (gateway, _)) in families
             .addresses(host)

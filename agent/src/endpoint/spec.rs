@@ -212,7 +212,8 @@ pub enum EndpointState {
     Reserved(u64),
     /// In the kernel.
     Ready,
-    /// Committed by its plugin, but not installed since the agent started, and why. Tried again.
+    /// Committed by its plugin, but not installed since the agent started, or something of it is
+    /// missing, and why. Tried again.
     Failing(String),
     /// Released, but the kernel refused to let go, and why. Tried again.
     Removing(String),
