@@ -97,3 +97,20 @@ fn a_node_that_cannot_be_reached_is_a_problem() -> TestResult {
     })?;
     Ok(())
 }
+
+#[test]
+fn pins_that_are_gone_are_a_problem() -> TestResult {
+    let cluster = Cluster::builder("pins").nodes(1).start()?;
+    let node = cluster.node("node1");
+    assert_eq!(problems(node)?, "[]");
+    fs::remove_file(node.bpf_root.join("maps/FLOWS_V4")).context("remove a pin")?;
+    let said = problems(node)?;
+    assert!(
+        said.contains("pins of maps are gone") && said.contains("FLOWS_V4"),
+        "{said}"
+    );
+    fs::remove_dir_all(&node.bpf_root).context("remove every pin")?;
+    let said = problems(node)?;
+    assert!(said.contains("cannot read what is attached"), "{said}");
+    Ok(())
+}

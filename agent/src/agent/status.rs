@@ -131,6 +131,15 @@ impl Agent {
         if let Err(error) = self.datapath.attachments() {
             problems.push(format!("cannot read what is attached: {error}"));
         }
+        let missing: Vec<&str> = self.datapath.missing_pins().collect();
+        if !missing.is_empty() {
+            problems.push(format!(
+                "pins of maps are gone from {}: {}; all goes on, but `weir bpf` cannot read them and the \
+                 next start of the agent begins without what they hold",
+                self.settings.bpf_root.display(),
+                missing.join(", ")
+            ));
+        }
         problems.extend(self.notes.all().cloned());
         problems.extend(sysctl::strict_rp_filter());
         problems

@@ -23,6 +23,8 @@ const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 pub(super) struct Loaded {
     pub ebpf: Ebpf,
     pub layout: layout::Plan,
+    /// Maps that are pinned.
+    pub pinned: Vec<String>,
     pub links: PathBuf,
 }
 
@@ -56,6 +58,7 @@ pub(super) fn load(object: &[u8], options: &DatapathOptions) -> Result<Loaded, D
     Ok(Loaded {
         ebpf,
         layout,
+        pinned: shapes.into_iter().map(|shape| shape.name).collect(),
         links,
     })
 }

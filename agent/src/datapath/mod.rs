@@ -199,6 +199,7 @@ pub struct Datapath {
     attacher: Attacher,
     expedite: Expedite,
     layout: layout::Plan,
+    pinned: Vec<String>,
     config: ConfigTable,
     endpoints: EndpointTable,
     ipcache: Ipcache,
@@ -288,6 +289,7 @@ impl Datapath {
             counters: Counters::new(loaded.raw("METRICS")?, loaded.raw("LOOKUPS")?),
             flows: FlowSweeper::new(loaded.raw("FLOWS_V4")?, loaded.raw("FLOWS_V6")?),
             events: Some(loaded.map("EVENTS")?),
+            pinned: std::mem::take(&mut loaded.pinned),
             layout: loaded.layout,
             ebpf: loaded.ebpf,
         })
@@ -301,6 +303,14 @@ impl Datapath {
     #[must_use]
     pub fn migrations(&self) -> &[Migration] {
         &self.layout.migrations
+    }
+
+    /// Maps whose pins somebody has removed: the programs go on with them, the next agent cannot.
+    pub fn missing_pins(&self) -> impl Iterator<Item = &str> {
+        self.pinned
+            .iter()
+            .map(String::as_str)
+            .filter(|name| !self.layout.pin(name).exists())
     }
 
     /// How programs are attached on this kernel.
