@@ -55,6 +55,15 @@ pub struct Agent {
     timeout: Duration,
 }
 
+/// Why there is no reservation.
+#[derive(Debug)]
+pub struct NotAllocated {
+    /// For the runtime.
+    pub error: CniError,
+    /// The agent may have reserved something before the answer was lost or made no sense.
+    pub may_be_reserved: bool,
+}
+
 impl Agent {
     /// Connects.
     ///
@@ -79,7 +88,10 @@ impl Agent {
     /// # Errors
     ///
     /// Codes 11, 100 and, for an answer that makes no sense, 102.
-    pub async fn allocate(&mut self, environment: &Environment) -> Result<Reservation, CniError> {
+    pub async fn allocate(
+        &mut self,
+        environment: &Environment,
+    ) -> Result<Reservation, NotAllocated> {
         let request = AllocateRequest {
             container_id: environment.container_id.clone(),
             ifname: environment.ifname.clone(),
@@ -89,8 +101,15 @@ impl Agent {
             pod_uid: environment.pod_uid.clone(),
         };
         match bounded(self.timeout, self.client.allocate(request)).await {
-            Ok(response) => reservation(response.into_inner()),
-            Err(status) => Err(self.refused("Allocate", status)),
+            Ok(response) => reservation(response.into_inner()).map_err(|error| NotAllocated {
+                error,
+                may_be_reserved: true,
+            }),
+            Err(status) => Err(NotAllocated {
+                // What an invalid request names may belong to a pod that works.
+                may_be_reserved: status.code() != Code::InvalidArgument,
+                error: self.refused("Allocate", status),
+            }),
         }
     }
 

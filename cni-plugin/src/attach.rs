@@ -1,7 +1,7 @@
 //! ADD and DEL: the order of their steps, and how a failed ADD is undone.
 
 use crate::{
-    agent::{Agent, Reservation},
+    agent::{Agent, NotAllocated, Reservation},
     configuration::Configuration,
     environment::Environment,
     error::CniError,
@@ -23,8 +23,11 @@ pub async fn add(
         Agent::connect(&configuration.agent_socket, configuration.agent_timeout).await?;
     let reservation = match agent.allocate(environment).await {
         Ok(reservation) => reservation,
-        // The agent may have reserved something before the answer was lost or made no sense.
-        Err(error) => {
+        Err(NotAllocated {
+            error,
+            may_be_reserved: false,
+        }) => return Err(error),
+        Err(NotAllocated { error, .. }) => {
             let undone = agent.release(environment).await;
             return Err(error.and(undone.err().as_slice()));
         }

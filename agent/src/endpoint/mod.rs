@@ -346,6 +346,18 @@ impl EndpointManager {
         let Some(endpoint) = self.endpoints.get_mut(key) else {
             return Err(EndpointError::internal(format!("{key} vanished")));
         };
+        // Its device would be taken away from under the pod that has it.
+        if !matches!(endpoint.state, EndpointState::Reserved(_))
+            && endpoint.spec.netns != request.netns
+        {
+            return Err(EndpointError::new(
+                ErrorKind::Invalid,
+                format!(
+                    "{key} exists in the network namespace {}, not {}; call DEL for it first",
+                    endpoint.spec.netns, request.netns
+                ),
+            ));
+        }
         endpoint.spec.netns.clone_from(&request.netns);
         if let EndpointState::Reserved(since) = &mut endpoint.state {
             *since = now;

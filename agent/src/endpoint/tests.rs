@@ -98,10 +98,15 @@ impl Bed {
     }
 
     fn allocate(&mut self, container: &str, now: u64) -> Result<EndpointSpec, EndpointError> {
-        block_on(
-            self.manager
-                .allocate(&request(container), &mut self.kernel, now),
-        )
+        self.allocate_as(&request(container), now)
+    }
+
+    fn allocate_as(
+        &mut self,
+        request: &AllocateRequest,
+        now: u64,
+    ) -> Result<EndpointSpec, EndpointError> {
+        block_on(self.manager.allocate(request, &mut self.kernel, now))
     }
 
     fn commit(&mut self, container: &str, ifindex: u32, now: u64) -> Result<(), EndpointError> {
@@ -573,4 +578,24 @@ fn check_invariants(bed: &Bed) {
             assert!(bed.kernel.installed.contains_key(&endpoint.spec.number));
         }
     }
+}
+
+#[test]
+fn a_pod_that_works_is_not_given_to_another_namespace() {
+    let mut bed = Bed::new();
+    let spec = bed.add("c1", 5);
+    let elsewhere = AllocateRequest {
+        netns: "/run/netns/other".into(),
+        ..request("c1")
+    };
+    let error = bed.allocate_as(&elsewhere, 6).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Invalid);
+    for part in ["/run/netns/c1", "/run/netns/other", "DEL"] {
+        assert!(error.message.contains(part), "{part:?}: {error}");
+    }
+    let kept = &bed.manager.get(&spec.key).unwrap();
+    assert_eq!(
+        (&kept.spec.netns, &kept.state),
+        (&spec.netns, &EndpointState::Ready)
+    );
 }
