@@ -435,6 +435,32 @@ async fn the_directory_goes_and_comes_back() {
 }
 
 #[tokio::test]
+async fn a_file_that_is_too_large_or_nested_too_deep_keeps_its_objects() {
+    let (mut fixture, _) =
+        Fixture::start(&[("a.yaml", &namespace("one")), ("b.yaml", &namespace("two"))]).await;
+    let large = fs::File::create(fixture.path(".large")).unwrap();
+    large.set_len((128 << 20) + 1).unwrap();
+    fs::rename(fixture.path(".large"), fixture.path("a.yaml")).unwrap();
+    let batch = fixture.batch().await;
+    let error = format!(
+        "{}: cannot be read: it is larger than 128 MiB; split it into several files",
+        fixture.path("a.yaml").display()
+    );
+    assert_eq!((changes(&batch), batch.errors), (vec![], vec![error]));
+    fixture.write(
+        "a.yaml",
+        namespace("three") + "---\na: " + &"[".repeat(100_000),
+    );
+    let batch = fixture.batch().await;
+    assert_eq!(changes(&batch), ["+Namespace three"]);
+    let place = format!("{}:6: nested deeper", fixture.path("a.yaml").display());
+    assert!(batch.errors[0].starts_with(&place), "{:?}", batch.errors);
+    fixture.write("b.yaml", namespace("four"));
+    let changed = changes(&fixture.batch().await);
+    assert_eq!(changed, ["+Namespace four", "-Namespace two"]);
+}
+
+#[tokio::test]
 async fn the_source_ends_with_its_handle() {
     let (fixture, _) = Fixture::start(&[]).await;
     let rescan = fixture.handle.rescan.clone();

@@ -474,3 +474,71 @@ fn any_text_comes_to_an_end() {
         }
     }
 }
+
+#[test]
+fn a_document_that_is_nested_too_deep_is_refused_at_once() {
+    let deep = 100_000;
+    let nested = [
+        format!("a: {}", "[".repeat(deep)),
+        format!("{{{}", "a: {".repeat(deep)),
+        format!("text: it's\n  [\nb:\n{}", "[".repeat(deep)),
+        format!("text: |\n [\nc: {}", "[".repeat(deep)),
+        format!("a: 1 # c\u{85}{}", "[".repeat(deep)),
+        format!("!t &a {}", "[\n".repeat(deep)),
+        format!("a: ['x''[', \"\\\"]\", y, {}", "[".repeat(deep)),
+        "- ".repeat(deep),
+        (0..200).map(|i| " ".repeat(i) + "a:\n").collect(),
+    ];
+    for text in nested {
+        let start = std::time::Instant::now();
+        let manifest = parse(
+            &("kind: Namespace\napiVersion: v1\nmetadata: {name: one}\n---\n".to_owned() + &text),
+        );
+        let shown: String = text.chars().take(20).collect();
+        assert!(start.elapsed().as_secs() < 5, "{shown}");
+        assert_eq!(keys(&manifest), ["1:Namespace one"], "{shown}");
+        let errors = errors(&manifest);
+        assert_eq!(errors.len(), 1, "{shown}");
+        assert!(
+            errors[0].contains(": nested deeper than 128 levels; correct"),
+            "{errors:?}"
+        );
+    }
+    let line = parse(&format!("a: 1\nb: [\n{}", "[\n".repeat(deep))).errors[0].line;
+    assert_eq!(line, 129);
+}
+
+#[test]
+fn brackets_that_do_not_nest_are_not_counted() {
+    let many = "[[{".repeat(100);
+    let lines = "    if [[ a; then {\n".repeat(200);
+    let flow = format!("{}{}", "[".repeat(100), "]".repeat(100));
+    for data in [
+        format!("text: |\n{lines}"),
+        format!("text: >-\n\n{lines}\n  other: |2 # {many}\n{lines}"),
+        format!("? text\n  : |\n{lines}"),
+        format!("text:\n    |\n{lines}"),
+        format!("text: x{many}\n    {many}\n    {many}"),
+        format!("text: '{many} '' {many}\n    {many}'\n  other: \"\\\"{many}\""),
+        format!("text: 1 # {many}\n  # {many}\n  other: [it's, {{a: 'x{many}'}}, a, {flow}]"),
+        format!("\"q: [\": {flow}\n  é: {flow}\n  {{a: 1}}: |\n{lines}"),
+        format!(
+            "text: &a !t {flow}\n  list:\n{}",
+            "  - - a: [b]\n      c: {}\n".repeat(300)
+        ),
+    ] {
+        let text = format!(
+            "kind: ConfigMap\napiVersion: v1\nmetadata: {{name: c}}\ndata:\n  {data}\n---\nkind: Namespace\napiVersion: v1\nmetadata: {{name: one}}\n"
+        );
+        for text in [text.replace('\n', "\r\n"), text] {
+            let manifest = parse(&text);
+            assert_eq!(errors(&manifest), [] as [String; 0], "{data}");
+            assert_eq!(manifest.objects.len(), 1, "{data}");
+        }
+    }
+    let values = r#"{"a":["[[[","\"{{{"],"b":{"c":[]}},"#.repeat(1000);
+    let json = format!(
+        r#"{{"kind":"Namespace","apiVersion":"v1","metadata":{{"name":"one"}},"x":[{values}0]}}"#
+    );
+    assert_eq!(parse(&json).objects.len(), 1);
+}

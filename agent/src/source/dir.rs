@@ -11,7 +11,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fs,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    io,
+    io::{self, Read as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -40,6 +40,10 @@ const BATCHES: usize = 16;
 
 /// Times that files are read again because they changed while they were read.
 const ROUNDS_MAX: usize = 8;
+
+/// Largest file that is read, in bytes: tens of thousands of Services and their slices, and what
+/// memory parsing it takes is bounded.
+const FILE_SIZE_MAX: u64 = 128 << 20;
 
 /// Starts the source for the directory at `path`. The first batch holds all of it.
 ///
@@ -384,7 +388,20 @@ fn read_bytes(path: &Path) -> io::Result<Option<Vec<u8>>> {
     if !fs::metadata(path)?.is_file() {
         return Ok(None);
     }
-    fs::read(path).map(Some)
+    let mut bytes = Vec::new();
+    // One byte more tells a file that is too large, even when it grows meanwhile.
+    let mut file = fs::File::open(path)?.take(FILE_SIZE_MAX + 1);
+    file.read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > FILE_SIZE_MAX {
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!(
+                "it is larger than {} MiB; split it into several files",
+                FILE_SIZE_MAX >> 20
+            ),
+        ));
+    }
+    Ok(Some(bytes))
 }
 
 fn digest(bytes: &[u8]) -> u64 {

@@ -2,6 +2,7 @@
 //! `kubectl get -o yaml` prints them. Turns text into objects and errors with their lines; reads
 //! no files. Called by the directory source, and by tests.
 
+mod depth;
 mod document;
 mod head;
 

@@ -10,7 +10,7 @@ use serde::{
 };
 
 use super::{
-    Chunk, Format, Located, Manifest, ManifestError,
+    Chunk, Format, Located, Manifest, ManifestError, depth,
     head::{Class, DocumentHead, Head},
 };
 use crate::objects::{InvalidObject, Kind, Object, ObjectKey};
@@ -20,6 +20,13 @@ const BAD_ITEMS_MAX: usize = 16;
 
 /// Reads one document into `manifest`.
 pub(super) fn read(chunk: Chunk<'_>, format: Format, manifest: &mut Manifest) {
+    if format == Format::Yaml
+        && let Some(line) = depth::line_too_deep(chunk.text)
+    {
+        return manifest
+            .errors
+            .push(Failure::too_deep(chunk, line).at(chunk, None));
+    }
     let (head, items) = match read_head(chunk, format) {
         Ok(head) => head,
         Err(failure) => return manifest.errors.push(failure.at(chunk, None)),
@@ -268,6 +275,18 @@ pub(super) struct Failure {
 impl Failure {
     fn whole(cause: String) -> Self {
         Self { line: None, cause }
+    }
+
+    fn too_deep(chunk: Chunk<'_>, line: usize) -> Self {
+        let cause = format!(
+            "nested deeper than {} levels; correct the brackets or the indentation, or remove the \
+             document",
+            depth::DEPTH_MAX
+        );
+        Self {
+            line: Some(chunk.lines_before + line + 1),
+            cause,
+        }
     }
 
     fn invalid(invalid: &InvalidObject, chunk: Chunk<'_>) -> ManifestError {
