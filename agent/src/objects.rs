@@ -177,6 +177,8 @@ pub struct Service {
     pub name: ObjectName,
     /// `metadata.labels`.
     pub labels: BTreeMap<String, String>,
+    /// `metadata.creationTimestamp`, in seconds since 1970.
+    pub created: Option<i64>,
     /// `spec.type`.
     pub service_type: ServiceType,
     /// `spec.clusterIPs` (or `clusterIP`) that are addresses. Empty for headless Services.

@@ -128,6 +128,7 @@ fn a_service_and_its_defaults() {
         panic!()
     };
     assert_eq!(service.name.to_string(), "default/a");
+    assert_eq!(service.created, None);
     assert_eq!(service.service_type, ServiceType::ClusterIp);
     assert_eq!(
         service.cluster_ips,
@@ -157,6 +158,12 @@ fn a_service_and_its_defaults() {
         };
         assert_eq!(service.cluster_ips, expected, "{spec}");
     }
+    let Object::Service(service) = object(
+        "{apiVersion: v1, kind: Service, metadata: {name: a, creationTimestamp: 1970-01-02T00:00:05Z}}",
+    ) else {
+        panic!()
+    };
+    assert_eq!(service.created, Some(86_405));
 }
 
 #[test]

@@ -53,8 +53,30 @@ struct Claim {
     protocol: Protocol,
 }
 
-/// Who makes a claim: a Service and the index of its port. The first in order has it.
-type Claimant = (ObjectName, usize);
+/// Who makes a claim. The first in order has it: the oldest Service, so that a new one takes
+/// nothing from those that are served.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+struct Claimant {
+    age: Age,
+    service: ObjectName,
+    /// Of the Service's ports.
+    index: usize,
+}
+
+/// When a Service was made; the oldest comes first.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum Age {
+    /// In seconds since 1970.
+    CreatedAt(i64),
+    /// Counts as the youngest.
+    Unknown,
+}
+
+impl Age {
+    fn of(service: &Service) -> Self {
+        service.created.map_or(Self::Unknown, Self::CreatedAt)
+    }
+}
 
 /// What is known of one Service: its slices may be here before it, and after it.
 #[derive(Debug, Default)]
@@ -115,11 +137,11 @@ impl Services {
         let new_claims = self.service(&name).map(claims).unwrap_or_default();
         self.service_count += usize::from(self.service(&name).is_some());
         self.service_count -= usize::from(before.is_some());
-        for claim in old_claims {
-            self.withdraw(&name, claim);
+        for (claim, claimant) in old_claims {
+            self.withdraw(claim, &claimant);
         }
-        for claim in new_claims {
-            self.claim(&name, claim);
+        for (claim, claimant) in new_claims {
+            self.claim(claim, claimant);
         }
         self.forget_if_empty(&name);
         self.dirty.insert(name);
@@ -194,23 +216,22 @@ impl Services {
     }
 
     /// Enters a claim. Those who claim the same are looked at again: one may have lost it.
-    fn claim(&mut self, service: &ObjectName, (claim, index): (Claim, usize)) {
+    fn claim(&mut self, claim: Claim, claimant: Claimant) {
         let claimants = self.claims.entry(claim).or_default();
         self.dirty
-            .extend(claimants.iter().map(|(name, _)| name.clone()));
-        let claimant = (service.clone(), index);
+            .extend(claimants.iter().map(|other| other.service.clone()));
         if let Err(place) = claimants.binary_search(&claimant) {
             claimants.insert(place, claimant);
         }
     }
 
-    fn withdraw(&mut self, service: &ObjectName, (claim, index): (Claim, usize)) {
+    fn withdraw(&mut self, claim: Claim, claimant: &Claimant) {
         let Some(claimants) = self.claims.get_mut(&claim) else {
             return;
         };
-        claimants.retain(|(name, i)| (name, *i) != (service, index));
+        claimants.retain(|other| other != claimant);
         self.dirty
-            .extend(claimants.iter().map(|(name, _)| name.clone()));
+            .extend(claimants.iter().map(|other| other.service.clone()));
         if claimants.is_empty() {
             self.claims.remove(&claim);
         }
@@ -237,11 +258,11 @@ impl Services {
         let Some(service) = &entry.service else {
             return (ports, problems);
         };
-        for (claim, index) in claims(service) {
-            let port = &service.ports[index];
+        for (claim, claimant) in claims(service) {
+            let port = &service.ports[claimant.index];
             match self.claims.get(&claim).and_then(|all| all.first()) {
-                Some(winner) if *winner != (name.clone(), index) => {
-                    problems.push(Problem::taken(name, claim, port, winner));
+                Some(winner) if *winner != claimant => {
+                    problems.push(Problem::taken(&claimant, claim, port, winner));
                     continue;
                 }
                 _ => {}
@@ -270,37 +291,44 @@ impl Services {
 
 impl Problem {
     fn taken(
-        service: &ObjectName,
+        claimant: &Claimant,
         claim: Claim,
         port: &objects::ServicePort,
-        (winner, _): &Claimant,
+        winner: &Claimant,
     ) -> Self {
         let Claim {
             address, protocol, ..
         } = claim;
         let frontend = std::net::SocketAddr::new(address, claim.port);
         let protocol = protocol.name();
-        let text = if winner == service {
+        let text = if winner.service == claimant.service {
             format!(
                 "port {frontend} {protocol} (named {:?}) stands twice in it; the first is \
                  served. Remove one",
                 port.name
             )
         } else {
+            let because = match (winner.age, claimant.age) {
+                (Age::Unknown, _) => "comes first by name: neither has a creationTimestamp",
+                (age, other) if age == other => "comes first by name: both are equally old",
+                (_, Age::Unknown) => "has a creationTimestamp, and this Service has none",
+                _ => "is older by its creationTimestamp",
+            };
             format!(
-                "{frontend} {protocol} belongs to Service {winner}, which comes first by name. \
-                 Give one of them another clusterIP"
+                "{frontend} {protocol} belongs to Service {}, which {because}. Give one of them \
+                 another clusterIP",
+                winner.service
             )
         };
         Self {
-            service: service.clone(),
+            service: claimant.service.clone(),
             text,
         }
     }
 }
 
-/// The claims of a Service, each with the index of the port that makes it.
-fn claims(service: &Service) -> Vec<(Claim, usize)> {
+/// The claims of a Service, each with the port that makes it.
+fn claims(service: &Service) -> Vec<(Claim, Claimant)> {
     let mut claims = Vec::with_capacity(service.cluster_ips.len() * service.ports.len());
     let addresses = served_addresses(service);
     for (nth, address) in addresses.iter().enumerate() {
@@ -313,7 +341,12 @@ fn claims(service: &Service) -> Vec<(Claim, usize)> {
                 port: port.port,
                 protocol: port.protocol,
             };
-            claims.push((claim, index));
+            let claimant = Claimant {
+                age: Age::of(service),
+                service: service.name.clone(),
+                index,
+            };
+            claims.push((claim, claimant));
         }
     }
     claims

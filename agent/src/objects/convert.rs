@@ -87,6 +87,7 @@ impl TryFrom<core::Service> for Service {
     fn try_from(mut from: core::Service) -> Result<Self, InvalidObject> {
         let mut metadata = std::mem::take(&mut from.metadata);
         let labels = metadata.labels.take().unwrap_or_default();
+        let created = metadata.creation_timestamp.take();
         named(Kind::Service, &mut metadata, |name| {
             let spec = from.spec.unwrap_or_default();
             let service_type = match spec.type_.as_deref() {
@@ -109,6 +110,7 @@ impl TryFrom<core::Service> for Service {
             Ok(Self {
                 name,
                 labels,
+                created: created.map(|time| time.0.as_second()),
                 service_type,
                 cluster_ips,
                 ports: indexed("spec.ports", spec.ports, service_port)?,

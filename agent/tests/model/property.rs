@@ -163,6 +163,7 @@ impl Random {
                 "service.kubernetes.io/headless",
                 "service.kubernetes.io/service-proxy-name",
             ]),
+            created: self.pick(&[None, Some(1), Some(1), Some(2), Some(-1)]),
             service_type: self.pick(&[
                 ServiceType::ClusterIp,
                 ServiceType::ClusterIp,

@@ -27,15 +27,18 @@ pub fn compute(objects: &Objects) -> Reference {
         services: BTreeMap::new(),
         problems: 0,
     };
-    // Objects are in the order of their names: whoever comes first gets the address.
+    // The oldest gets the address; without a time it is younger than all others. Objects are in
+    // the order of their names, and sorting keeps it.
+    let mut services: Vec<&Service> = objects
+        .values()
+        .filter_map(|object| match object {
+            Object::Service(service) if is_served(service) => Some(service),
+            _ => None,
+        })
+        .collect();
+    services.sort_by_key(|service| (service.created.is_none(), service.created));
     let mut taken = BTreeSet::new();
-    for object in objects.values() {
-        let Object::Service(service) = object else {
-            continue;
-        };
-        if !is_served(service) {
-            continue;
-        }
+    for service in services {
         let cluster_ips: BTreeSet<IpAddr> = service.cluster_ips.iter().copied().collect();
         for (address, port) in cluster_ips
             .iter()
