@@ -6,6 +6,7 @@
 
 pub mod maglev;
 mod names;
+mod occupied;
 mod services;
 
 pub use names::AddressOwner;
@@ -287,6 +288,8 @@ impl Model {
             before.as_ref().map_or(&[], |node| &node.addresses),
             node.as_ref().map_or(&[], |node| &node.addresses),
         );
+        self.services
+            .set_node(&name, before.as_ref(), self.nodes.get(&name));
         self.nodes_before.entry(name).or_insert(before);
     }
 

@@ -7,9 +7,12 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
+
 use super::{
-    Backend, BackendAddress, BackendState, Frontend, FrontendKind, ServicePort, ServicePortKey,
-    UnusedBackend,
+    Backend, BackendAddress, BackendState, Frontend, FrontendKind, Node, ServicePort,
+    ServicePortKey, UnusedBackend,
+    occupied::{Occupant, Occupied, Purpose},
 };
 use crate::objects::{
     self, EndpointSlice, Family, ObjectName, Protocol, Service, ServiceType, SliceEndpoint,
@@ -46,7 +49,7 @@ impl fmt::Display for Problem {
 }
 
 /// An address, port and protocol that a Service port wants for itself.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 struct Claim {
     address: IpAddr,
     port: u16,
@@ -61,6 +64,26 @@ struct Claimant {
     service: ObjectName,
     /// Of the Service's ports.
     index: usize,
+}
+
+impl Claim {
+    /// The smallest in a range.
+    fn first(range: IpNet) -> Self {
+        Self {
+            address: range.network(),
+            port: 0,
+            protocol: Protocol::Tcp,
+        }
+    }
+
+    /// The largest in a range.
+    fn last(range: IpNet) -> Self {
+        Self {
+            address: range.broadcast(),
+            port: u16::MAX,
+            protocol: Protocol::Sctp,
+        }
+    }
 }
 
 /// When a Service was made; the oldest comes first.
@@ -92,8 +115,11 @@ pub(super) struct Services {
     entries: HashMap<ObjectName, Entry>,
     /// The Service that a slice belongs to.
     slice_owners: HashMap<ObjectName, ObjectName>,
-    /// Sorted; more than one only where Services contradict each other.
-    claims: HashMap<Claim, Vec<Claimant>>,
+    /// Sorted; more than one only where Services contradict each other. By address, so that those
+    /// in a range are found.
+    claims: BTreeMap<Claim, Vec<Claimant>>,
+    /// What no Service can have.
+    occupied: Occupied,
     /// Services to be looked at by the next [`Services::take_delta`].
     dirty: BTreeSet<ObjectName>,
     desired: BTreeMap<ServicePortKey, ServicePort>,
@@ -145,6 +171,16 @@ impl Services {
         }
         self.forget_if_empty(&name);
         self.dirty.insert(name);
+    }
+
+    /// A node has changed. Services are looked at again where it has lost or won addresses.
+    pub(super) fn set_node(&mut self, name: &str, before: Option<&Node>, after: Option<&Node>) {
+        for range in self.occupied.replace(name, before, after) {
+            let claims = self.claims.range(Claim::first(range)..=Claim::last(range));
+            let claimants = claims.flat_map(|(_, claimants)| claimants);
+            self.dirty
+                .extend(claimants.map(|claimant| claimant.service.clone()));
+        }
     }
 
     pub(super) fn set_slice(&mut self, slice: EndpointSlice) {
@@ -260,6 +296,10 @@ impl Services {
         };
         for (claim, claimant) in claims(service) {
             let port = &service.ports[claimant.index];
+            if let Some((range, occupant)) = self.occupied.get(claim.address) {
+                problems.push(Problem::occupied(name, claim, range, occupant));
+                continue;
+            }
             match self.claims.get(&claim).and_then(|all| all.first()) {
                 Some(winner) if *winner != claimant => {
                     problems.push(Problem::taken(&claimant, claim, port, winner));
@@ -290,6 +330,24 @@ impl Services {
 }
 
 impl Problem {
+    fn occupied(service: &ObjectName, claim: Claim, range: IpNet, occupant: &Occupant) -> Self {
+        let node = &occupant.node;
+        let whose = match occupant.purpose {
+            Purpose::Address => format!("is an address of node {node}"),
+            Purpose::Pods => format!("lies in {range}, the pod range of node {node}"),
+        };
+        let frontend = std::net::SocketAddr::new(claim.address, claim.port);
+        let protocol = claim.protocol.name();
+        let text = format!(
+            "{frontend} {protocol} is not served: it {whose}, whose traffic it would \
+             take. Give the Service another clusterIP, or correct the Node"
+        );
+        Self {
+            service: service.clone(),
+            text,
+        }
+    }
+
     fn taken(
         claimant: &Claimant,
         claim: Claim,

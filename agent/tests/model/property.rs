@@ -84,6 +84,14 @@ const ADDRESSES: [&str; 8] = [
     "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "fd00::1", "fd00::2", "fd00::3", "fd00::4",
 ];
 
+const CIDRS: [&str; 5] = [
+    "10.0.0.2/31",
+    "10.0.0.0/30",
+    "10.0.0.4/32",
+    "fd00::2/127",
+    "fd01::/64",
+];
+
 fn addresses() -> impl Iterator<Item = IpAddr> {
     ADDRESSES.iter().map(|text| text.parse().unwrap())
 }
@@ -135,8 +143,9 @@ impl Random {
             }),
             _ => Object::Node(Node {
                 name: ObjectName::new("", self.pick(&["n1", "n2"])),
-                internal_ips: self.some(2, Self::address),
+                internal_ips: self.some(1, Self::address),
                 external_ips: self.some(1, Self::address),
+                pod_cidrs: self.some(1, |random| random.pick(&CIDRS).parse().unwrap()),
                 labels: self.labels(&["topology.kubernetes.io/zone", "other"]),
                 ..Node::default()
             }),

@@ -44,6 +44,10 @@ pub fn compute(objects: &Objects) -> Reference {
             .iter()
             .flat_map(|ip| service.ports.iter().map(move |port| (*ip, port)))
         {
+            if belongs_to_a_node(address, objects) {
+                reference.problems += 1;
+                continue;
+            }
             if !taken.insert((address, port.port, port.protocol)) {
                 reference.problems += 1;
                 continue;
@@ -68,6 +72,17 @@ pub fn compute(objects: &Objects) -> Reference {
         }
     }
     reference
+}
+
+fn belongs_to_a_node(address: IpAddr, objects: &Objects) -> bool {
+    objects.values().any(|object| match object {
+        Object::Node(node) => {
+            node.internal_ips.contains(&address)
+                || node.external_ips.contains(&address)
+                || node.pod_cidrs.iter().any(|cidr| cidr.contains(&address))
+        }
+        _ => false,
+    })
 }
 
 pub fn is_served(service: &Service) -> bool {
