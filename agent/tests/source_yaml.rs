@@ -518,7 +518,7 @@ fn a_document_that_is_nested_too_deep_is_refused_at_once() {
 #[test]
 fn brackets_that_do_not_nest_are_not_counted() {
     let many = "[[{".repeat(100);
-    let lines = "    if [[ a; then {\n".repeat(200);
+    let lines = "    [[ -n x && {\n".repeat(200);
     let flow = format!("{}{}", "[".repeat(100), "]".repeat(100));
     for data in [
         format!("text: |\n{lines}"),
