@@ -20,12 +20,10 @@ use weir_agent::{
     agent::{
         Agent,
         cleanup::cleanup,
-        start::{check_machine, make_directories},
+        start::{check_machine, lock},
         verify,
     },
-    api,
-    lock::AgentLock,
-    logging,
+    api, logging,
     settings::{CONFIG_FLAG, CONFIG_VARIABLE, Settings, Values, definitions},
 };
 
@@ -153,8 +151,7 @@ fn print(text: &str) -> anyhow::Result<()> {
 
 async fn clean(settings: &Settings) -> anyhow::Result<()> {
     check_machine(settings)?;
-    make_directories(settings)?;
-    let _lock = AgentLock::acquire(&settings.run_dir, &settings.bpf_root)?;
+    let _lock = lock(settings)?;
     cleanup(settings, |line| {
         let _ = writeln!(io::stdout(), "{line}");
     })
@@ -163,8 +160,7 @@ async fn clean(settings: &Settings) -> anyhow::Result<()> {
 
 async fn serve(settings: Settings) -> anyhow::Result<()> {
     check_machine(&settings)?;
-    make_directories(&settings)?;
-    let _lock = AgentLock::acquire(&settings.run_dir, &settings.bpf_root)?;
+    let _lock = lock(&settings)?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         node = settings.node_name,

@@ -2,8 +2,8 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
-    path::Path,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, bail};
@@ -19,6 +19,7 @@ use super::{Agent, Late};
 use crate::{
     datapath::{Datapath, DatapathOptions},
     endpoint::boot_seconds,
+    lock::AgentLock,
     settings::Settings,
 };
 
@@ -60,31 +61,80 @@ fn check_bpffs(root: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes the run directory (0755) and the directory of the pins.
+/// Makes the directories that are missing, and keeps other agents off. A refused agent leaves
+/// nothing behind.
 ///
 /// # Errors
 ///
-/// If one cannot be made; names it.
-pub fn make_directories(settings: &Settings) -> anyhow::Result<()> {
-    let make = |path: &Path, mode| -> io::Result<()> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(mode)
-            .create(path)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(mode))
-    };
-    make(&settings.run_dir, 0o755).with_context(|| {
-        format!(
-            "cannot make the run directory {} (--run-dir)",
-            settings.run_dir.display()
-        )
-    })?;
-    make(&settings.bpf_root, 0o700).with_context(|| {
-        format!(
-            "cannot make the directory of pins {} (--bpf-root)",
-            settings.bpf_root.display()
-        )
-    })
+/// If a directory cannot be made, or another agent has it or this node.
+pub fn lock(settings: &Settings) -> anyhow::Result<AgentLock> {
+    let mut made = Made::default();
+    let locked = made.directories(settings).and_then(|()| {
+        AgentLock::acquire(&settings.run_dir, &settings.bpf_root).map_err(Into::into)
+    });
+    if locked.is_err() {
+        made.take_back(&settings.run_dir);
+    }
+    locked
+}
+
+/// Directories that were not there before, parents first.
+#[derive(Debug, Default)]
+struct Made(Vec<PathBuf>);
+
+impl Made {
+    /// The run directory (0755) and the directory of the pins (0700).
+    fn directories(&mut self, settings: &Settings) -> anyhow::Result<()> {
+        self.make(&settings.run_dir, 0o755).with_context(|| {
+            format!(
+                "cannot make the run directory {} (--run-dir)",
+                settings.run_dir.display()
+            )
+        })?;
+        self.make(&settings.bpf_root, 0o700).with_context(|| {
+            format!(
+                "cannot make the directory of pins {} (--bpf-root)",
+                settings.bpf_root.display()
+            )
+        })
+    }
+
+    /// A directory that is there keeps its mode: others may use it, too.
+    fn make(&mut self, path: &Path, mode: u32) -> io::Result<()> {
+        let missing: Vec<&Path> = path.ancestors().take_while(|path| !path.exists()).collect();
+        for directory in missing.into_iter().rev() {
+            match fs::create_dir(directory) {
+                Ok(()) => self.0.push(directory.to_owned()),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                Err(error) => return Err(error),
+            }
+            // Whatever the umask is.
+            fs::set_permissions(directory, fs::Permissions::from_mode(mode))?;
+        }
+        if !path.is_dir() {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        Ok(())
+    }
+
+    /// Removes them again, but for those that somebody uses by now.
+    fn take_back(self, run_dir: &Path) {
+        if self.0.iter().any(|made| made == run_dir) {
+            remove_own_lock(run_dir);
+        }
+        for directory in self.0.iter().rev() {
+            let _ = fs::remove_dir(directory);
+        }
+    }
+}
+
+/// Removes the lock's file if this process was the last to have the lock.
+fn remove_own_lock(run_dir: &Path) {
+    let path = run_dir.join("agent.lock");
+    let own = std::process::id().to_string();
+    if fs::read_to_string(&path).is_ok_and(|holder| holder.trim() == own) {
+        let _ = fs::remove_file(path);
+    }
 }
 
 /// What the datapath is told of the settings.
@@ -236,5 +286,52 @@ mod tests {
         ] {
             assert!(error.contains(part), "{part:?}: {error}");
         }
+    }
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    #[test]
+    fn a_directory_that_is_there_keeps_its_mode() {
+        let directory = tempfile::tempdir().unwrap();
+        let there = directory.path().join("there");
+        fs::create_dir(&there).unwrap();
+        fs::set_permissions(&there, fs::Permissions::from_mode(0o1777)).unwrap();
+        let mut made = Made::default();
+        made.make(&there, 0o755).unwrap();
+        let inner = there.join("a/b");
+        made.make(&inner, 0o700).unwrap();
+        assert_eq!(mode(&there), 0o1777);
+        assert_eq!(mode(&inner), 0o700);
+        let file = there.join("file");
+        fs::write(&file, "").unwrap();
+        assert!(made.make(&file, 0o755).is_err());
+    }
+
+    #[test]
+    fn what_was_made_is_taken_back_unless_it_is_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let (run_dir, used) = (directory.path().join("a/run"), directory.path().join("b"));
+        let mut made = Made::default();
+        for path in [&run_dir, &used] {
+            made.make(path, 0o755).unwrap();
+        }
+        let pid = std::process::id();
+        fs::write(run_dir.join("agent.lock"), format!("{pid}\n")).unwrap();
+        fs::write(used.join("agent.lock"), format!("{pid}\n")).unwrap();
+        made.take_back(&run_dir);
+        assert!(!directory.path().join("a").exists());
+        assert!(used.join("agent.lock").exists());
+    }
+
+    #[test]
+    fn the_lock_of_another_process_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut made = Made::default();
+        let run_dir = directory.path().join("run");
+        made.make(&run_dir, 0o755).unwrap();
+        fs::write(run_dir.join("agent.lock"), "0\n").unwrap();
+        made.take_back(&run_dir);
+        assert!(run_dir.join("agent.lock").exists());
     }
 }
