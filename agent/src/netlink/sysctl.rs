@@ -77,7 +77,8 @@ struct Changed {
 
 impl Sysctls {
     /// Reads what an earlier agent left in the run directory. A file that cannot be read is
-    /// reported in the log and begun anew: the switches are then not put back at clean-up.
+    /// reported in the log, set aside, and begun anew: the switches are then not put back at
+    /// clean-up.
     pub fn open(run_dir: &Path) -> Self {
         Self::with_root(Path::new(PROC_SYS), run_dir)
     }
@@ -86,7 +87,7 @@ impl Sysctls {
         let store = run_dir.join(STORE);
         let changed = match fs::read(&store) {
             Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-                tracing::warn!(path = %store.display(), %error, "previous values of sysctls are lost");
+                set_aside(&store, &error);
                 BTreeMap::new()
             }),
             Err(_) => BTreeMap::new(),
@@ -193,6 +194,22 @@ impl Sysctls {
         let temporary = self.store.with_extension("json.new");
         fs::write(&temporary, bytes).map_err(failed)?;
         fs::rename(&temporary, &self.store).map_err(failed)
+    }
+}
+
+/// Keeps a damaged file for people, who may read the previous values in it.
+fn set_aside(store: &Path, error: &serde_json::Error) {
+    let to = store.with_extension("json.quarantine");
+    let path = store.display();
+    match fs::rename(store, &to) {
+        Ok(()) => tracing::warn!(
+            %path, %error, set_aside = %to.display(),
+            "previous values of sysctls are lost: the file cannot be used"
+        ),
+        Err(cause) => tracing::warn!(
+            %path, %error, %cause,
+            "previous values of sysctls are lost: the file cannot be used, nor set aside"
+        ),
     }
 }
 
@@ -313,5 +330,18 @@ mod tests {
         assert!(!run_dir.path().join(STORE).exists());
         assert!(sysctls.restore().is_empty());
         assert_eq!(value(&root, FORWARD), "1");
+    }
+
+    #[test]
+    fn a_damaged_file_is_set_aside() {
+        let root = tree(&[(FORWARD, "0")]);
+        let run_dir = tempfile::tempdir().unwrap();
+        fs::write(run_dir.path().join(STORE), "{\"net").unwrap();
+        let mut sysctls = Sysctls::with_root(root.path(), run_dir.path());
+        sysctls.set_node([]).unwrap();
+        let kept = fs::read_to_string(run_dir.path().join("sysctls.json.quarantine"));
+        assert_eq!(kept.unwrap(), "{\"net");
+        assert!(sysctls.restore().is_empty());
+        assert_eq!(value(&root, FORWARD), "0");
     }
 }
