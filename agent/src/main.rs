@@ -19,7 +19,7 @@ use tokio::{
 use weir_agent::{
     agent::{
         Agent,
-        cleanup::cleanup,
+        cleanup::{check_directories, cleanup},
         start::{check_machine, lock},
         verify,
     },
@@ -151,6 +151,7 @@ fn print(text: &str) -> anyhow::Result<()> {
 
 async fn clean(settings: &Settings) -> anyhow::Result<()> {
     check_machine(settings)?;
+    check_directories(settings).await?;
     let _lock = lock(settings)?;
     cleanup(settings, |line| {
         let _ = writeln!(io::stdout(), "{line}");

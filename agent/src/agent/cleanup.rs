@@ -4,6 +4,8 @@
 use std::{collections::BTreeSet, fs, io, path::Path};
 
 use anyhow::Context as _;
+use aya::programs::{SchedClassifier, TcAttachType};
+use weir_common::metrics::Hook;
 
 use super::start::datapath_options;
 use crate::{
@@ -12,15 +14,59 @@ use crate::{
     settings::Settings,
 };
 
-/// What the run directory may hold that is ours.
-const FILES: [&str; 5] = [
+/// What the run directory may hold that is ours, also with [`QUARANTINE`] behind it.
+const FILES: [&str; 7] = [
     "agent.sock",
     "ipam.json",
     "ipam.json.tmp",
     "endpoint.json.tmp",
+    "sysctls.json",
+    "sysctls.json.new",
     "agent.lock",
 ];
 const DIRECTORIES: [&str; 1] = ["endpoints"];
+/// Ends the name of a state file that was set aside.
+const QUARANTINE: &str = ".quarantine";
+
+/// Refuses directories that cannot be those of this node's agent: nothing is pinned there, and yet
+/// Weir's programs are attached.
+///
+/// # Errors
+///
+/// If the directories are probably wrong, or the devices cannot be listed.
+pub async fn check_directories(settings: &Settings) -> anyhow::Result<()> {
+    if has_entries(&settings.bpf_root.join("links")) {
+        return Ok(());
+    }
+    let netlink = Netlink::new().context("cannot open the netlink sockets")?;
+    let links = netlink.links().await.context("cannot list the devices")?;
+    let pods: Vec<_> = links.iter().filter(|link| link.is_pod_device()).collect();
+    let Some(pod) = pods.iter().find(|pod| has_programs(&pod.name)) else {
+        return Ok(());
+    };
+    anyhow::bail!(
+        "Weir's programs are attached to {} (and there are {} such devices of pods), but nothing is \
+         pinned in {}: --bpf-root and --run-dir (now {}) are probably not those of the agent; give \
+         both as the agent had them. Nothing has been changed",
+        pod.name,
+        pods.len(),
+        settings.bpf_root.display(),
+        settings.run_dir.display()
+    )
+}
+
+fn has_entries(folder: &Path) -> bool {
+    fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some())
+}
+
+/// Whether our programs are attached by tcx. With clsact nobody can tell filters of an agent that
+/// has its pins elsewhere from those whose pins are lost.
+fn has_programs(device: &str) -> bool {
+    SchedClassifier::query_tcx(device, TcAttachType::Ingress).is_ok_and(|(_, programs)| {
+        let ours = Some(Hook::FromPod.name());
+        programs.iter().any(|program| program.name_as_str() == ours)
+    })
+}
 
 /// Removes everything that can be removed, and says so line by line to `tell`. What is not there
 /// is no error: twice is as good as once.
@@ -71,11 +117,13 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
     let _ = Expedite::new(false);
     let switches = Sysctls::open(&settings.run_dir).restore();
     errors.extend(switches.iter().map(ToString::to_string));
-    errors.extend(
-        clear_run_dir(&settings.run_dir)
-            .iter()
-            .map(ToString::to_string),
-    );
+    let failed = clear_run_dir(&settings.run_dir);
+    errors.extend(failed.iter().map(ToString::to_string));
+    for directory in [&settings.run_dir, &settings.bpf_root] {
+        if let Some(left) = left_in(directory) {
+            tell(&left);
+        }
+    }
     anyhow::ensure!(errors.is_empty(), "{}", errors.join("; "));
     Ok(())
 }
@@ -130,12 +178,35 @@ fn clear_run_dir(run_dir: &Path) -> Vec<io::Error> {
         errors.extend(gone(fs::remove_dir_all(&path), &path));
     }
     for name in FILES {
-        let path = run_dir.join(name);
-        errors.extend(gone(fs::remove_file(&path), &path));
+        for suffix in ["", QUARANTINE] {
+            let path = run_dir.join(format!("{name}{suffix}"));
+            errors.extend(gone(fs::remove_file(&path), &path));
+        }
     }
-    // Someone else's files may be there.
+    // Someone else's files may be there: see `left_in`.
     let _ = fs::remove_dir(run_dir);
     errors
+}
+
+/// What to say of a directory that is not empty.
+fn left_in(directory: &Path) -> Option<String> {
+    const SHOWN: usize = 5;
+    let entries = fs::read_dir(directory).ok()?.flatten();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    let more = match names.len() {
+        0 => return None,
+        all if all > SHOWN => format!(" and {} more", all - SHOWN),
+        _ => String::new(),
+    };
+    names.truncate(SHOWN);
+    Some(format!(
+        "{} stays, as it holds what is not Weir's or could not be removed: {}{more}",
+        directory.display(),
+        names.join(", ")
+    ))
 }
 
 #[cfg(test)]
@@ -151,9 +222,39 @@ mod tests {
         fs::write(run_dir.join("other"), "").unwrap();
         assert!(clear_run_dir(&run_dir).is_empty());
         assert!(run_dir.join("other").exists() && !run_dir.join("endpoints").exists());
+        let left = left_in(&run_dir).unwrap();
+        assert!(left.ends_with(": other"), "{left}");
         fs::remove_file(run_dir.join("other")).unwrap();
         assert!(clear_run_dir(&run_dir).is_empty());
         assert!(!run_dir.exists());
         assert!(clear_run_dir(&run_dir).is_empty());
+    }
+
+    #[test]
+    fn what_was_set_aside_goes_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let run_dir = directory.path().join("weir");
+        fs::create_dir_all(run_dir.join("endpoints")).unwrap();
+        for name in [
+            "ipam.json.quarantine",
+            "sysctls.json.quarantine",
+            "sysctls.json.new",
+            "endpoints/c-eth0.json.quarantine",
+        ] {
+            fs::write(run_dir.join(name), "{").unwrap();
+        }
+        assert!(clear_run_dir(&run_dir).is_empty());
+        assert!(!run_dir.exists());
+        assert_eq!(left_in(&run_dir), None);
+    }
+
+    #[test]
+    fn many_files_left_are_counted() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in 0..7 {
+            fs::write(directory.path().join(name.to_string()), "").unwrap();
+        }
+        let left = left_in(directory.path()).unwrap();
+        assert!(left.ends_with(": 0, 1, 2, 3, 4 and 2 more"), "{left}");
     }
 }
