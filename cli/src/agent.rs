@@ -1,13 +1,16 @@
 //! The commands that ask the agent for a list or a single answer.
 
-use std::{path::Path, time::Duration};
+use std::{io, os::unix::net::UnixStream, path::Path, time::Duration};
 
 use anyhow::{anyhow, bail};
 use serde::Serialize;
 use tonic::{Code, Status, transport::Channel};
-use weir_api::v1::{
-    Endpoint, ListEndpointsRequest, ListNodesRequest, ListServicesRequest, Node, ServicePort,
-    StatusRequest, WaitAppliedRequest, weir_client::WeirClient,
+use weir_api::{
+    ConnectError,
+    v1::{
+        Endpoint, ListEndpointsRequest, ListNodesRequest, ListServicesRequest, Node, ServicePort,
+        StatusRequest, WaitAppliedRequest, weir_client::WeirClient,
+    },
 };
 
 use crate::{
@@ -23,9 +26,28 @@ pub async fn connect(
     socket: &Path,
     timeout: Option<Duration>,
 ) -> anyhow::Result<WeirClient<Channel>> {
-    let channel = weir_api::connect(socket, timeout).await?;
+    let channel = match weir_api::connect(socket, timeout).await {
+        Ok(channel) => channel,
+        Err(error) => return Err(unreachable(error, why_unreachable(socket), socket)),
+    };
     // A node may have thousands of Services.
     Ok(WeirClient::new(channel).max_decoding_message_size(usize::MAX))
+}
+
+/// The kind of error that the socket gives.
+fn why_unreachable(socket: &Path) -> Option<io::ErrorKind> {
+    UnixStream::connect(socket).err().map(|error| error.kind())
+}
+
+/// Says to users who may not ask the agent whether it runs, that they may not.
+fn unreachable(error: ConnectError, why: Option<io::ErrorKind>, socket: &Path) -> anyhow::Error {
+    match why {
+        Some(io::ErrorKind::PermissionDenied) => anyhow!(
+            "the agent's socket {} is not open to this user (permission denied); run this as root",
+            socket.display()
+        ),
+        _ => error.into(),
+    }
 }
 
 /// The agent's error as text for people.
@@ -325,5 +347,19 @@ mod tests {
         let text = endpoint_table(&[endpoint]).render(false);
         assert!(text.contains("0123456789abc "), "{text}");
         assert_eq!(text.lines().count(), 3, "{text}");
+    }
+
+    #[tokio::test]
+    async fn who_may_not_open_the_socket_is_told_to_be_root() {
+        let socket = Path::new("/does/not/exist.sock");
+        for (why, wanted) in [
+            (io::ErrorKind::PermissionDenied, "run this as root"),
+            (io::ErrorKind::NotFound, "is weir-agent running"),
+        ] {
+            let error = weir_api::connect(socket, None).await.unwrap_err();
+            let text = unreachable(error, Some(why), socket).to_string();
+            assert!(text.contains(wanted), "{text}");
+            assert!(text.contains("/does/not/exist.sock"), "{text}");
+        }
     }
 }

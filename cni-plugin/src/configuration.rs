@@ -55,7 +55,9 @@ impl Configuration {
                 )));
             }
         };
-        let name = string(&fields, "name")?.unwrap_or_default();
+        let Some(name) = string(&fields, "name")? else {
+            return Err(invalid("name is missing in the network configuration"));
+        };
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
         if !name.starts_with(|c: char| c.is_ascii_alphanumeric()) || !name.chars().all(allowed) {
             return Err(invalid(format!(
@@ -209,7 +211,8 @@ mod tests {
                 1,
                 "supported are 0.3.1, 0.4.0, 1.0.0, 1.1.0",
             ),
-            (r#"{"cniVersion":"1.1.0"}"#, 7, "name \"\""),
+            (r#"{"cniVersion":"1.1.0"}"#, 7, "name is missing in"),
+            (r#"{"cniVersion":"1.1.0","name":""}"#, 7, "name \"\""),
             (r#"{"cniVersion":"1.1.0","name":"a/b"}"#, 7, "name \"a/b\""),
             (
                 r#"{"cniVersion":"1.1.0","name":"a","type":[]}"#,

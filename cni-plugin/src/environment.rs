@@ -63,7 +63,7 @@ impl Environment {
         command: Command,
         variable: impl Fn(&str) -> Option<String>,
     ) -> Result<Self, CniError> {
-        let container_id = value(&variable, "CNI_CONTAINERID");
+        let container_id = required(&variable, "CNI_CONTAINERID", "the container's identifier")?;
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
         if !container_id.starts_with(|c: char| c.is_ascii_alphanumeric())
             || !container_id.chars().all(allowed)
@@ -73,8 +73,12 @@ impl Environment {
                  digits, _ . or -"
             )));
         }
-        let ifname = value(&variable, "CNI_IFNAME");
-        if ifname.is_empty() || ifname.len() > 15 {
+        let ifname = required(
+            &variable,
+            "CNI_IFNAME",
+            "the interface's name in the container",
+        )?;
+        if ifname.len() > 15 {
             return Err(invalid(format!(
                 "CNI_IFNAME {ifname:?} has {} bytes; an interface name has 1 to 15",
                 ifname.len()
@@ -121,6 +125,21 @@ impl Environment {
         }
         Ok(())
     }
+}
+
+/// A variable that ADD and DEL need; `what` it is to hold.
+fn required(
+    variable: impl Fn(&str) -> Option<String>,
+    name: &str,
+    what: &str,
+) -> Result<String, CniError> {
+    let value = value(variable, name);
+    if value.is_empty() {
+        return Err(invalid(format!(
+            "{name} is not set; a container runtime sets it to {what}"
+        )));
+    }
+    Ok(value)
 }
 
 fn value(variable: impl Fn(&str) -> Option<String>, name: &str) -> String {
@@ -180,16 +199,12 @@ mod tests {
     #[test]
     fn names_what_is_wrong() {
         for (name, value, expected) in [
-            (
-                "CNI_CONTAINERID",
-                "",
-                "CNI_CONTAINERID \"\" is not a letter",
-            ),
+            ("CNI_CONTAINERID", "", "CNI_CONTAINERID is not set"),
             ("CNI_CONTAINERID", "-x", "CNI_CONTAINERID \"-x\""),
             ("CNI_CONTAINERID", "../x", "CNI_CONTAINERID"),
             ("CNI_CONTAINERID", "a/b", "CNI_CONTAINERID"),
             ("CNI_CONTAINERID", "é", "CNI_CONTAINERID"),
-            ("CNI_IFNAME", "", "CNI_IFNAME \"\" has 0 bytes"),
+            ("CNI_IFNAME", "", "CNI_IFNAME is not set"),
             ("CNI_IFNAME", "abcdefghijklmnop", "has 16 bytes"),
             ("CNI_IFNAME", "..", "CNI_IFNAME \"..\" is no interface name"),
             ("CNI_IFNAME", "a/b", "CNI_IFNAME \"a/b\""),

@@ -30,6 +30,9 @@ const LOOPBACK_IFINDEX: u32 = 1;
 /// Below this MTU a device has no IPv6 (RFC 8200, 5).
 const IPV6_MTU_MIN: u32 = 1280;
 
+/// What Ethernet addresses of Weir begin with, on the host's side and on the pod's.
+const WEIR_MACS: [[u8; 2]; 2] = [[0x0a, 0x57], [0x0e, 0x57]];
+
 /// Marks the host side of a pair: `ip link` shows whose it is, and DEL finds it without the agent.
 pub fn alias(container_id: &str, ifname: &str) -> String {
     // IFALIASZ, the final zero included.
@@ -229,17 +232,6 @@ fn adopt(
     netns: &Netns,
 ) -> Result<Option<u32>, CniError> {
     let inside = netns.within(|| find(&mut open()?, ifname))?;
-    let stranger = |name: &str, place: &str, link: &Link| {
-        CniError::new(
-            code::INTERFACE_EXISTS,
-            format!(
-                "interface {name} exists in {place} and is not Weir's (kind {:?}, address {}); remove \
-                 it, or choose another name",
-                link.kind,
-                hex(&link.mac)
-            ),
-        )
-    };
     let is_host_side = |link: &Link| link.kind == "veth" && link.mac == reservation.host_mac.0;
     match (outside, inside) {
         (Some(outside), Some(inside))
@@ -257,6 +249,33 @@ fn adopt(
         )),
         _ => Ok(None),
     }
+}
+
+/// A device of this name that another has made, or Weir for another container.
+fn stranger(name: &str, place: &str, link: &Link) -> CniError {
+    let address = hex(&link.mac);
+    let message = if is_weirs(link) {
+        let whose = match link.alias.as_str() {
+            "" => String::new(),
+            alias => format!(", alias {alias}"),
+        };
+        format!(
+            "interface {name} exists in {place} and is Weir's, but of another container or another \
+             ADD (address {address}{whose}); DEL of that one removes it; or choose another name"
+        )
+    } else {
+        format!(
+            "interface {name} exists in {place} and is not Weir's (kind {:?}, address {address}); \
+             remove it, or choose another name",
+            link.kind
+        )
+    };
+    CniError::new(code::INTERFACE_EXISTS, message)
+}
+
+/// Whether the Ethernet address is one that the agent gives to either side of a pair.
+fn is_weirs(link: &Link) -> bool {
+    link.kind == "veth" && WEIR_MACS.iter().any(|prefix| link.mac.starts_with(prefix))
 }
 
 fn configure_family(family: &Family, host_mac: Mac, ifname: &str, index: u32) -> Vec<Request> {
@@ -455,4 +474,34 @@ fn refused(error: NetlinkError) -> CniError {
 fn hex(bytes: &[u8]) -> String {
     let parts: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     parts.join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_in_the_way_is_told_by_its_owner() {
+        let link = |kind: &str, mac: [u8; 6]| Link {
+            kind: kind.to_owned(),
+            mac: mac.to_vec(),
+            ..Link::default()
+        };
+        for (kind, first, wanted) in [
+            ("veth", 0x0e, "is Weir's, but of another container"),
+            ("veth", 0x0a, "is Weir's, but of another container"),
+            ("veth", 0x02, "is not Weir's (kind \"veth\""),
+            ("dummy", 0x0e, "is not Weir's (kind \"dummy\""),
+        ] {
+            let link = link(kind, [first, 0x57, 0, 0, 0, 7]);
+            let error = stranger("eth0", "/run/netns/x", &link);
+            assert_eq!(error.code, code::INTERFACE_EXISTS);
+            assert!(error.message.contains(wanted), "{}", error.message);
+            assert!(
+                error.message.contains(":57:00:00:00:07"),
+                "{}",
+                error.message
+            );
+        }
+    }
 }

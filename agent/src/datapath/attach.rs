@@ -7,14 +7,18 @@
 
 use std::{
     collections::BTreeSet,
+    error::Error,
     fs, io, mem,
     path::{Path, PathBuf},
 };
 
-use aya::programs::{
-    LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-    links::{FdLink, Link as _, PinnedLink},
-    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
+use aya::{
+    pin::PinError,
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        links::{FdLink, Link as _, LinkError, PinnedLink},
+        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
+    },
 };
 use weir_common::metrics::{HOOKS, Hook};
 
@@ -118,9 +122,9 @@ impl Attacher {
             .and_then(|id| program.take_link(id))
             .map_err(program_error)?;
         FdLink::try_from(link)
-            .map_err(io::Error::other)?
+            .map_err(|error| io::Error::other(unfolded(&error)))?
             .pin(&path)
-            .map_err(io::Error::other)?;
+            .map_err(|error| pin_error(&path, &error))?;
         Ok(())
     }
 
@@ -149,7 +153,11 @@ impl Attacher {
                 )
                 .map_err(|error| match &qdisc {
                     Ok(()) => program_error(error),
-                    Err(cause) => io::Error::other(format!("{error} (adding clsact: {cause})")),
+                    Err(cause) => io::Error::other(format!(
+                        "{} (adding clsact: {})",
+                        unfolded(&error),
+                        unfolded(&cause)
+                    )),
                 })?,
         };
         let link = program.take_link(id).map_err(program_error)?;
@@ -159,7 +167,7 @@ impl Attacher {
         if path.exists() {
             fs::remove_file(&path)?;
         }
-        program.pin(&path).map_err(io::Error::other)
+        program.pin(&path).map_err(|error| pin_error(&path, &error))
     }
 
     /// Detaches every program from a device, also from one that is gone.
@@ -239,8 +247,9 @@ impl Attacher {
 
 /// Puts `program` in the place of the one in a pinned link; packets see either.
 fn replace(program: &mut SchedClassifier, path: &Path) -> io::Result<()> {
-    let link = PinnedLink::from_pin(path).map_err(io::Error::other)?;
-    let link = SchedClassifierLink::try_from(FdLink::from(link)).map_err(io::Error::other)?;
+    let failed = |error: LinkError| io::Error::other(unfolded(&error));
+    let link = PinnedLink::from_pin(path).map_err(failed)?;
+    let link = SchedClassifierLink::try_from(FdLink::from(link)).map_err(failed)?;
     let id = program.attach_to_link(link).map_err(program_error)?;
     // The pin holds the link; our descriptor is not needed.
     program.take_link(id).map(drop).map_err(program_error)
@@ -275,6 +284,76 @@ fn attach_type(hook: Hook) -> TcAttachType {
 fn program_error(error: ProgramError) -> io::Error {
     match error {
         ProgramError::SyscallError(error) => error.io_error,
-        other => io::Error::other(other),
+        other => io::Error::other(unfolded(&other)),
+    }
+}
+
+/// Names the file, the kernel's answer and the remedy.
+fn pin_error(path: &Path, error: &PinError) -> io::Error {
+    let cause = unfolded(error);
+    let errno = match error {
+        PinError::SyscallError(error) => error.io_error.raw_os_error(),
+        _ => None,
+    };
+    let remedy = match errno {
+        Some(libc::ENOENT) => "; its folder is gone: restart the agent, which makes it anew",
+        Some(libc::EPERM) => {
+            "; is bpf-root still on a bpffs (`mount -t bpf bpf /sys/fs/bpf`), and has the agent \
+             CAP_BPF? Restart the agent then"
+        }
+        Some(libc::EEXIST) => "; remove this file",
+        Some(libc::ENOSPC | libc::ENOMEM) => "; free memory",
+        _ => "",
+    };
+    io::Error::other(format!(
+        "cannot pin it as {}: {cause}{remedy}",
+        path.display()
+    ))
+}
+
+/// An error with what lies behind it; aya tells only the name of the call on top.
+fn unfolded(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        // Some repeat their source.
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+        source = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use aya::sys::SyscallError;
+
+    use super::*;
+
+    #[test]
+    fn a_pin_that_fails_names_file_cause_and_remedy() {
+        let path = Path::new("/sys/fs/bpf/weir/links/to_pod-2");
+        for (errno, wanted) in [
+            (
+                libc::ENOENT,
+                ["No such file", "os error 2", "restart the agent"],
+            ),
+            (libc::EPERM, ["not permitted", "os error 1", "mount -t bpf"]),
+            (
+                libc::EEXIST,
+                ["File exists", "os error 17", "remove this file"],
+            ),
+        ] {
+            let error = PinError::SyscallError(SyscallError {
+                call: "BPF_OBJ_PIN",
+                io_error: io::Error::from_raw_os_error(errno),
+            });
+            let text = pin_error(path, &error).to_string();
+            for part in wanted.into_iter().chain(["links/to_pod-2", "BPF_OBJ_PIN"]) {
+                assert!(text.contains(part), "{part:?}: {text}");
+            }
+        }
     }
 }
