@@ -85,7 +85,10 @@ fn arguments() -> Command {
         )
         .args(settings)
         .subcommand(
-            Command::new("settings").about("Shows the settings in force and where each comes from"),
+            Command::new("settings").about(
+                "Shows the settings that an agent started like this would use, and where each comes \
+                 from; does not ask a running one",
+            ),
         )
         .subcommand(Command::new("cleanup").about(
             "Removes Weir from this node: programs, pins, routes, changed sysctls and the state in \

@@ -40,16 +40,15 @@ pub async fn check_directories(settings: &Settings) -> anyhow::Result<()> {
     }
     let netlink = Netlink::new().context("cannot open the netlink sockets")?;
     let links = netlink.links().await.context("cannot list the devices")?;
-    let pods: Vec<_> = links.iter().filter(|link| link.is_pod_device()).collect();
-    let Some(pod) = pods.iter().find(|pod| has_programs(&pod.name)) else {
+    let mut pods = links.iter().filter(|link| link.is_pod_device());
+    let Some(pod) = pods.find(|pod| has_programs(&pod.name)) else {
         return Ok(());
     };
     anyhow::bail!(
-        "Weir's programs are attached to {} (and there are {} such devices of pods), but nothing is \
-         pinned in {}: --bpf-root and --run-dir (now {}) are probably not those of the agent; give \
-         both as the agent had them. Nothing has been changed",
+        "Weir's programs are attached to {}, the device of a pod, but nothing is pinned in {}: \
+         --bpf-root and --run-dir (now {}) are probably not those of the agent; give both as the \
+         agent had them. Nothing has been changed",
         pod.name,
-        pods.len(),
         settings.bpf_root.display(),
         settings.run_dir.display()
     )
