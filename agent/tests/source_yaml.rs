@@ -491,6 +491,8 @@ fn a_document_that_is_nested_too_deep_is_refused_at_once() {
         format!("text: it's\n  [\nb:\n{}", "[".repeat(deep)),
         format!("text: |\n [\nc: {}", "[".repeat(deep)),
         format!("a: 1 # c\u{85}{}", "[".repeat(deep)),
+        format!("%YAML 1.1\n---\u{2028}{}", "[".repeat(deep)),
+        format!("text\n...\u{85}{}", "[".repeat(deep)),
         format!("!t &a {}", "[\n".repeat(deep)),
         format!("a: ['x''[', \"\\\"]\", y, {}", "[".repeat(deep)),
         "- ".repeat(deep),

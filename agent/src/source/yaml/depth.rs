@@ -31,7 +31,7 @@ struct Scan<'a> {
 
 impl<'a> Scan<'a> {
     fn new(text: &'a str) -> Self {
-        let mut scan = Self {
+        Self {
             bytes: text.as_bytes(),
             at: 0,
             line: 0,
@@ -39,11 +39,16 @@ impl<'a> Scan<'a> {
             flow: 0,
             indents: Vec::new(),
             key: None,
-        };
-        if text.starts_with("---") && scan.is_blank(3) {
-            scan.at = 3;
         }
-        scan
+    }
+
+    /// Whether a document begins or ends here. The text was cut at such marks, but not at those
+    /// before one of the rarer line breaks.
+    fn is_marker(&self) -> bool {
+        let rest = self.bytes.get(self.at..).unwrap_or_default();
+        self.column() == 0
+            && (rest.starts_with(b"---") || rest.starts_with(b"..."))
+            && self.is_blank(3)
     }
 
     fn depth(&self) -> usize {
@@ -105,6 +110,10 @@ impl<'a> Scan<'a> {
             _ if self.break_length(0) > 0 => self.advance(),
             b' ' | b'\t' => self.at += 1,
             b'#' => self.skip_line(),
+            _ if !in_flow && self.is_marker() => {
+                self.indents.clear();
+                self.at += 3;
+            }
             b'%' if self.column() == 0 && !in_flow => self.skip_line(),
             b'[' | b'{' => {
                 self.begin_node();
@@ -209,7 +218,7 @@ impl<'a> Scan<'a> {
             let dedented = self.flow == 0
                 && self.line_start != line_start
                 && indent.is_some_and(|indent| self.column() <= indent);
-            if dedented || self.peek(0) == Some(b'#') {
+            if dedented || self.is_marker() || self.peek(0) == Some(b'#') {
                 return;
             }
         }
