@@ -147,7 +147,6 @@ impl Random {
                 external_ips: self.some(1, Self::address),
                 pod_cidrs: self.some(1, |random| random.pick(&CIDRS).parse().unwrap()),
                 labels: self.labels(&["topology.kubernetes.io/zone", "other"]),
-                ..Node::default()
             }),
         })
     }
