@@ -284,6 +284,7 @@ impl Demo {
         heading("The cluster stays up");
         let client = self.client().netns.path();
         let socket = self.cluster.node("node1").agent().socket();
+        let state = reaper::state_directory(self.cluster.id());
         let weir = build::dist().join("weir");
         let node = self.cluster.node("node1").netns.path();
         println!(
@@ -303,14 +304,27 @@ impl Demo {
             "  the objects, to be edited   {}",
             self.cluster.objects().directory().display()
         );
-        println!("  servers end with the demo; start one in another pod, for example");
         println!(
-            "                              nsenter --net={} python3 -m http.server {PORT} --bind ::",
-            self.pods[1].netns.path().display()
+            "  the agents' logs            {}",
+            state.join("node*.log").display()
         );
-        println!("  remove it all               cargo xtask demo --clean");
+        println!("  servers end with the demo; to start one over TCP in each of their pods:");
+        println!("{}", start_servers(&self.pods[1..]));
+        println!("  remove every kept cluster   cargo xtask demo --clean");
         self.cluster.keep()
     }
+}
+
+/// A loop of the shell over the pods, to be pasted.
+fn start_servers(pods: &[Pod]) -> String {
+    let paths: Vec<String> = pods
+        .iter()
+        .map(|pod| format!("      {}", pod.netns.path().display()))
+        .collect();
+    format!(
+        "    for pod in \\\n{}\n    do nsenter --net=$pod python3 -m http.server {PORT} --bind :: & done",
+        paths.join(" \\\n")
+    )
 }
 
 fn join(addresses: &[IpAddr]) -> String {

@@ -58,7 +58,7 @@ enum Command {
         /// Leave the cluster up and say how to enter it.
         #[arg(long)]
         keep: bool,
-        /// Only remove clusters that were kept.
+        /// Only remove kept clusters: all of this machine, whichever clone or run made them.
         #[arg(long, conflicts_with = "keep")]
         clean: bool,
     },
