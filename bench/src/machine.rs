@@ -20,11 +20,15 @@ pub fn sentence() -> Result<String> {
         .context("/proc/meminfo has no line MemTotal")?;
     let load = fs::read_to_string("/proc/loadavg")?;
     let load = load.split_whitespace().next().unwrap_or_default();
-    let what: Vec<String> = std::env::args().skip(1).collect();
+    // What people type; paths that xtask adds are of this machine only.
+    let what: String = std::env::args()
+        .filter(|word| matches!(word.as_str(), "packets" | "pods" | "agent" | "--quick"))
+        .map(|word| format!(" {word}"))
+        .collect();
     Ok(format!(
-        "Measured {} with `weir-bench {}` at {}; Linux {}, {} processors ({}), {:.0} GiB, load before {load}.",
+        "Measured {} with `cargo xtask bench{}` at {}; Linux {}, {} processors ({}), {:.0} GiB, load before {load}.",
         output("date", &["-u", "+%Y-%m-%d %H:%M UTC"]),
-        what.join(" "),
+        what,
         output("git", &["describe", "--always", "--dirty"]),
         kernel.trim(),
         std::thread::available_parallelism()?,

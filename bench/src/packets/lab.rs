@@ -27,8 +27,9 @@ use weir_agent::{
     objects::{Family, ObjectName, Protocol},
 };
 use weir_common::{
-    Port,
+    MacAddress, Port,
     address::Address,
+    endpoint::pod_mac,
     flow::{FlowEntry, FlowKey, scope},
     ipcache::class,
     protocol,
@@ -42,6 +43,8 @@ pub const SERVICES: u32 = 16;
 const REMOTE_ENDPOINTS: u32 = 8;
 /// First source port.
 const FIRST_PORT: u32 = 10_000;
+/// Of this node's device: frames for another are left to the stack.
+pub const UPLINK_MAC: MacAddress = pod_mac(9);
 /// The only node beside this one.
 const OTHER_NODE: &str = "node2";
 
@@ -105,6 +108,13 @@ impl Lab {
     pub fn new(name: &str, connections: u32) -> Result<Self> {
         let root = Path::new("/sys/fs/bpf").join(name);
         let uplink = make_device(&format!("{name}-up"))?;
+        ip(&[
+            "link",
+            "set",
+            &format!("{name}-up"),
+            "address",
+            &UPLINK_MAC.to_string(),
+        ])?;
         let devices = (1..=PODS)
             .map(|number| make_device(&format!("{name}-{number}")))
             .collect::<Result<_>>()?;
@@ -396,8 +406,12 @@ pub fn cluster_ip(family: Family, number: u32) -> IpAddr {
 
 /// A veth pair in the namespace of the calling thread; gives the index of its first half.
 fn make_device(name: &str) -> Result<u32> {
-    let mut command = Command::new("ip");
-    command.args(["link", "add", name, "type", "veth"]);
-    weir_tests::process::run(&mut command, b"", Duration::from_secs(20))?;
+    ip(&["link", "add", name, "type", "veth"])?;
     nix::net::if_::if_nametoindex(name).with_context(|| format!("index of {name}"))
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    let mut command = Command::new("ip");
+    command.args(arguments);
+    weir_tests::process::run(&mut command, b"", Duration::from_secs(20)).map(drop)
 }

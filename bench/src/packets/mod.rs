@@ -18,7 +18,7 @@ use weir_common::{
 use self::{
     frame::{Frame, Kind, Tuple},
     harness::{Beside, Harness},
-    lab::{CLIENT, LOCAL_SERVER, Lab, PLAIN_CLIENT, Route},
+    lab::{CLIENT, LOCAL_SERVER, Lab, PLAIN_CLIENT, Route, UPLINK_MAC},
 };
 use crate::{
     Effort,
@@ -288,7 +288,7 @@ impl Bench {
         for flows in self.plan.flows {
             let frames: Vec<Frame> = replies[..flows as usize]
                 .iter()
-                .map(|tuple| Frame::new(tuple, Kind::Ack, pod_mac(9), host_mac(9)))
+                .map(|tuple| Frame::new(tuple, Kind::Ack, UPLINK_MAC, host_mac(9)))
                 .collect();
             let way = outcome::LOCAL;
             let ns = self.steady(&from_netdev, Hook::FromNetdev, way, family, device, &frames)?;
@@ -371,7 +371,7 @@ impl Bench {
                             source: tuple.destination,
                             destination: tuple.source,
                         };
-                        Frame::new(&back, Kind::Ack, pod_mac(9), host_mac(9))
+                        Frame::new(&back, Kind::Ack, UPLINK_MAC, host_mac(9))
                     })
                     .collect();
             let (way, device) = (outcome::LOCAL, self.lab.uplink());
