@@ -440,7 +440,8 @@ impl Agent {
         self.switch_flow_events();
         self.tell_lost_events();
         let is_due = self.ticks.is_multiple_of(ENDPOINT_TICKS);
-        let changed = std::mem::take(&mut self.network_has_changed);
+        // A change seen while nothing may be repaired yet is kept for later.
+        let changed = !self.late.waiting && std::mem::take(&mut self.network_has_changed);
         let drifted = if is_due || changed {
             self.find_drift(changed).await
         } else {

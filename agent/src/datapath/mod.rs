@@ -9,6 +9,7 @@
 
 pub mod attach;
 pub mod counters;
+mod error;
 pub mod events;
 pub mod expedite;
 pub mod flows;
@@ -24,12 +25,7 @@ pub mod sys;
 pub mod tables;
 pub mod verify;
 
-use std::{
-    collections::BTreeSet,
-    io,
-    os::fd::AsFd as _,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, io, os::fd::AsFd as _, path::PathBuf};
 
 use aya::{Ebpf, maps::RingBuf, programs::SchedClassifier};
 use ipnet::IpNet;
@@ -42,6 +38,7 @@ use weir_common::{
 
 pub use attach::{AttachMode, Attachment};
 pub use counters::{Counters, HookCounter};
+pub use error::DatapathError;
 pub use events::EventReader;
 pub use flows::{FlowSweeper, SweepReport};
 pub use layout::Migration;
@@ -91,82 +88,6 @@ impl Default for DatapathOptions {
             mark_shift: mark::shift_of(DEFAULT_MASK).unwrap_or_default(),
             count_lookups: false,
             expedite_rcu: false,
-        }
-    }
-}
-
-/// Why the data path cannot be opened, or a program not attached.
-#[derive(Debug, thiserror::Error)]
-pub enum DatapathError {
-    /// Nothing is mounted there.
-    #[error(
-        "{} is not on a BPF file system: mount one with `mount -t bpf bpf /sys/fs/bpf`, or set \
-         bpf-root to a folder of one",
-        root.display()
-    )]
-    NoBpffs {
-        /// The setting bpf-root.
-        root: PathBuf,
-    },
-    /// The embedded object is not what this agent expects.
-    #[error("the eBPF object {0}: build the agent again")]
-    Object(String),
-    /// aya cannot load the object.
-    #[error(
-        "the eBPF object cannot be loaded: {0}; it needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
-    )]
-    Load(#[source] Box<aya::EbpfError>),
-    /// The kernel refuses a program.
-    #[error("the kernel refuses program {program}: {source}\n{log}")]
-    Verifier {
-        /// Its name.
-        program: &'static str,
-        /// The kernel's answer.
-        source: io::Error,
-        /// The end of the verifier's log.
-        log: String,
-    },
-    /// A file below bpf-root.
-    #[error("{}: {source}", path.display())]
-    Pin {
-        /// The file.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-    /// What a pinned map held cannot be carried over.
-    #[error("cannot carry the content of a pinned map over to one of another size: {0}")]
-    Migrate(#[source] io::Error),
-    /// A map cannot be used.
-    #[error("map {name}: {source}")]
-    Map {
-        /// Its name.
-        name: &'static str,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-    /// A map cannot be read at start.
-    #[error(transparent)]
-    Table(#[from] TableError),
-    /// A program cannot be attached.
-    #[error("cannot attach {program} to {device} (index {ifindex}): {source}")]
-    Attach {
-        /// The program.
-        program: &'static str,
-        /// The device.
-        device: String,
-        /// Its interface index.
-        ifindex: u32,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-}
-
-impl DatapathError {
-    fn pin(path: &Path, source: io::Error) -> Self {
-        Self::Pin {
-            path: path.to_path_buf(),
-            source,
         }
     }
 }
