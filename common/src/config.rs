@@ -51,13 +51,20 @@ pub struct Config {
     pub node_v4: Ipv4,
     /// The same for IPv6.
     pub node_v6: Ipv6,
+    /// Cookie of the node's own network namespace (`SO_NETNS_COOKIE`), 0 if unknown.
+    pub netns_cookie: u64,
+    /// Interface index of the node's own device, the end that its stack sends to and receives
+    /// from; 0 if there is none.
+    pub host_ifindex: u32,
+    /// Refusals (TCP resets, ICMP port unreachable) that may be sent per second, 0 for no limit.
+    pub refusals_per_second: u32,
     /// Pod ranges, IPv4.
     pub pod_ranges_v4: [PodRange<Ipv4>; limits::POD_RANGES_MAX],
     /// Pod ranges, IPv6.
     pub pod_ranges_v6: [PodRange<Ipv6>; limits::POD_RANGES_MAX],
 }
 
-assert_abi_size!(Config = 320);
+assert_abi_size!(Config = 336);
 map_types!(Config);
 
 /// Bits of [`Config::flags`].

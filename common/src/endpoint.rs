@@ -32,11 +32,19 @@ pub struct Endpoint {
     /// Identity of the pod's labels, local to this node.
     pub identity: u32,
     /// MTU of the pod's device in bytes (layer 3).
-    pub mtu: u32,
+    pub mtu: u16,
+    /// Bits of [`flag`].
+    pub flags: u16,
 }
 
 assert_abi_size!(Endpoint = 64);
 map_types!(Endpoint);
+
+/// Bits of [`Endpoint::flags`].
+pub mod flag {
+    /// TCP `connect()` is not translated at the socket; tc translates what the pod sends.
+    pub const NO_SOCKET_TRANSLATION: u16 = 0x1;
+}
 
 /// The policy set of endpoints that no policy selects: every packet is allowed and none needs an
 /// entry in the flow table for it.

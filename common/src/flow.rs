@@ -22,6 +22,8 @@ pub mod scope {
     pub const HOST: u8 = 2;
     /// Entering the node from a tunnel.
     pub const OVERLAY: u8 = 3;
+    /// Sent by the node itself, on its own device or on the loopback device (`from_host`).
+    pub const NODE: u8 = 4;
 }
 
 /// A key of `FLOWS_V4` and `FLOWS_V6`: the tuple as it arrives at the hook.
@@ -72,14 +74,14 @@ pub mod flag {
     pub const REWRITE_DESTINATION: u16 = 0x0004;
     /// A pod that reaches itself through a Service.
     pub const HAIRPIN: u16 = 0x0008;
-    /// Scope of the partner's key, two bits: `(flags & PARTNER_SCOPE_MASK) >> PARTNER_SCOPE_SHIFT`.
-    pub const PARTNER_SCOPE_MASK: u16 = 0x0030;
+    /// Scope of the partner's key, three bits: `(flags & PARTNER_SCOPE_MASK) >> PARTNER_SCOPE_SHIFT`.
+    pub const PARTNER_SCOPE_MASK: u16 = 0x0070;
     /// See [`PARTNER_SCOPE_MASK`].
     pub const PARTNER_SCOPE_SHIFT: u16 = 4;
     /// Only this direction passes here (direct server return); kept for later.
-    pub const ONE_WAY: u16 = 0x0040;
+    pub const ONE_WAY: u16 = 0x0080;
     /// Replies go back through the tunnel they came from; kept for later.
-    pub const REPLY_VIA_TUNNEL: u16 = 0x0080;
+    pub const REPLY_VIA_TUNNEL: u16 = 0x0100;
 }
 
 /// A value of `FLOWS_V4` and `FLOWS_V6`.

@@ -12,8 +12,20 @@ pub mod class {
     pub const REMOTE_NODE: u8 = 2;
     /// An address of this node.
     pub const THIS_NODE: u8 = 3;
-    /// An address of a Service: `FRONTENDS_*` knows its ports. Never a valid source from outside.
+    /// An address of a Service that nobody else has. Never a valid source from outside.
     pub const SERVICE: u8 = 4;
+}
+
+/// Bits of [`IpcacheEntry::flags`].
+pub mod flag {
+    /// `FRONTENDS_*` has keys with this address.
+    pub const FRONTENDS: u8 = 0x1;
+    /// NodePorts and HostPorts are served at this address: keys of `FRONTENDS_*` with address
+    /// zero.
+    pub const NODE_PORTS: u8 = 0x2;
+    /// A port that no frontend has is refused: a ClusterIP, or a LoadBalancer address that no
+    /// device of this node has.
+    pub const REFUSE: u8 = 0x4;
 }
 
 /// A value of `IPCACHE_V4` and `IPCACHE_V6`. The key is the prefix length in bits (u32, byte
@@ -23,8 +35,10 @@ pub mod class {
 pub struct IpcacheEntry {
     /// One of [`class`].
     pub class: u8,
+    /// Bits of [`flag`].
+    pub flags: u8,
     /// Zero.
-    pub reserved: [u8; 3],
+    pub reserved: [u8; 2],
     /// Number of the next hop, see [`crate::next_hop`].
     pub next_hop: u32,
     /// Identity for policies, local to this node; 0 is unknown.

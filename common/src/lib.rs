@@ -9,6 +9,7 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod address;
+pub mod affinity;
 pub mod checksum;
 pub mod config;
 pub mod drop_reason;
@@ -30,7 +31,7 @@ pub use drop_reason::DropReason;
 
 /// Version of the layout of all pinned maps together. A change of any type in this crate that is
 /// stored in a pinned map raises it; the agent refuses or migrates pins of another version.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Asserts the size of a type that is part of the ABI.
 macro_rules! assert_abi_size {

@@ -15,7 +15,7 @@ pub const POD_RANGES_MAX: usize = 4;
 /// Rows of `NEXT_HOPS`. See [`crate::next_hop`] for the numbering.
 pub const NEXT_HOPS_MAX: u32 = 8192;
 
-/// Default rows of `SERVICE_STATE`: Service ports, each of one family and scope.
+/// Default number of Service ports, each of one family: half the rows of `SERVICE_STATE`.
 pub const SERVICE_PORTS_DEFAULT: u32 = 65_536;
 
 /// Default entries of `FRONTENDS_V4` and `_V6` (allocated as they are used).
@@ -46,6 +46,10 @@ pub const IPCACHE_DEFAULT: u32 = 131_072;
 
 /// Entries of `FRAGMENTS_V4` and `_V6` (LRU): datagrams whose fragments are under way at once.
 pub const FRAGMENTS_DEFAULT: u32 = 4096;
+
+/// Default entries of `AFFINITY` (LRU): clients of Services with session affinity, remembered at
+/// once.
+pub const AFFINITY_DEFAULT: u32 = 65_536;
 
 /// Bytes of the event ring buffer; a power of two and a multiple of the page size.
 pub const EVENTS_BYTES: u32 = 512 * 1024;

@@ -17,10 +17,12 @@ pub enum Lookup {
     EndpointByIfindex = 4,
     /// Updates of `FLOWS_*`: insertions and removals.
     FlowUpdate = 5,
+    /// `AFFINITY`, updates too.
+    Affinity = 6,
 }
 
 /// Rows of `LOOKUPS`.
-pub const COUNT: u32 = 6;
+pub const COUNT: u32 = 7;
 
 /// All kinds, in the order of their numbers.
 pub const ALL: [Lookup; COUNT as usize] = [
@@ -30,4 +32,5 @@ pub const ALL: [Lookup; COUNT as usize] = [
     Lookup::Fragment,
     Lookup::EndpointByIfindex,
     Lookup::FlowUpdate,
+    Lookup::Affinity,
 ];

@@ -1,7 +1,9 @@
-//! Service tables: `frontends` → Service port number → `service_state` → `slots` → `backends`.
+//! Service tables: `frontends` → row of `service_state` → `slots` → `backends`.
 //!
-//! The word in `SERVICE_STATE` is the one switch of a Service port: it names the region of slots
-//! and with it the whole set of endpoints, for all frontends of the port at once.
+//! A Service port has a number and, for each traffic policy, a set of endpoints
+//! ([`endpoint_set`]): `SERVICE_STATE` has a row for each set. The word that stands there is the
+//! one switch of the set: it names the region of slots and with it all its endpoints, for all
+//! frontends that lead to it at once.
 
 use crate::{Ipv6, Port, address::Address, assert_abi_size, limits, map_types};
 
@@ -13,11 +15,38 @@ pub mod scope {
     pub const OUTSIDE: u8 = 1;
 }
 
-/// A key of `FRONTENDS_V4` and `FRONTENDS_V6`; the value is the number of the Service port (u32).
+/// The sets of endpoints of a Service port, by the traffic policy that a frontend has
+/// (`internalTrafficPolicy` and `externalTrafficPolicy` of the Service).
+pub mod endpoint_set {
+    /// Policy `Cluster`: endpoints everywhere, as far as topology hints do not take some out.
+    pub const CLUSTER: u32 = 0;
+    /// Policy `Local`: endpoints of this node.
+    pub const LOCAL: u32 = 1;
+    /// Sets of one Service port.
+    pub const COUNT: u32 = 2;
+}
+
+/// The row of `SERVICE_STATE` of one set of Service port `number`.
+#[inline(always)]
+#[must_use]
+pub const fn state_row(number: u32, set: u32) -> u32 {
+    number * endpoint_set::COUNT + set
+}
+
+/// The number of the Service port that a row of `SERVICE_STATE` belongs to.
+#[inline(always)]
+#[must_use]
+pub const fn service_port_of_row(row: u32) -> u32 {
+    row / endpoint_set::COUNT
+}
+
+/// A key of `FRONTENDS_V4` and `FRONTENDS_V6`; the value is a row of `SERVICE_STATE` (u32), see
+/// [`state_row`].
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub struct FrontendKey<A> {
-    /// Address of the Service.
+    /// Address of the Service. Zero: every address that the ipcache marks with
+    /// [`crate::ipcache::flag::NODE_PORTS`], for NodePorts and HostPorts.
     pub address: A,
     /// Port of the Service.
     pub port: Port,
@@ -48,6 +77,8 @@ map_types!(ServiceState);
 pub mod flag {
     /// The row is in use. A frontend whose row does not have it is about to go away.
     pub const IN_USE: u16 = 0x001;
+    /// `sessionAffinity: ClientIP`: look in `AFFINITY` first. Both sets of a Service port have it.
+    pub const AFFINITY: u16 = 0x002;
 }
 
 impl ServiceState {
@@ -140,12 +171,12 @@ pub struct Backend {
     pub port: Port,
     /// One of [`backend_state`].
     pub state: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// The sets it belongs to: bit [`endpoint_set::CLUSTER`], bit [`endpoint_set::LOCAL`].
+    pub sets: u8,
     /// Raised each time the row is given to another endpoint or freed. UDP compares it at every
     /// packet, TCP when a connection is opened.
     pub generation: u32,
-    /// The Service port it belongs to.
+    /// Number of the Service port it belongs to.
     pub service_port: u32,
     /// Zero; room for node and zone.
     pub reserved2: u32,
@@ -162,8 +193,8 @@ pub struct BackendWord {
     pub port: Port,
     /// See [`Backend::state`].
     pub state: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// See [`Backend::sets`].
+    pub sets: u8,
     /// See [`Backend::generation`].
     pub generation: u32,
 }
@@ -184,7 +215,7 @@ impl BackendWord {
         Self {
             port: Port([b[0], b[1]]),
             state: b[2],
-            reserved: b[3],
+            sets: b[3],
             generation: u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
         }
     }

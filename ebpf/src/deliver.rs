@@ -105,7 +105,7 @@ pub fn deliver<F: Family>(
     hop: Hop,
 ) -> Result<Verdict, DropReason> {
     let mtu = match (hop.endpoint, hop.neighbour) {
-        (Some(row), _) => row.mtu,
+        (Some(row), _) => u32::from(row.mtu),
         (None, Some(row)) => u32::from(row.mtu),
         (None, None) => return to_stack::<F>(ctx, packet),
     };

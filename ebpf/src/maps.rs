@@ -17,7 +17,7 @@ use weir_common::{
     lookup::{self, Lookup},
     metrics::{self, Counter, FlowRingState, FragmentKey, FragmentPorts},
     next_hop::NextHop,
-    service::{Backend, ELEMENTS_PER_CHUNK, FrontendKey, ServiceState},
+    service::{Backend, ELEMENTS_PER_CHUNK, FrontendKey, ServiceState, endpoint_set},
 };
 
 use crate::switches;
@@ -33,7 +33,7 @@ pub type FlowRing<A> = Array<FlowKey<A>, { limits::CONNECTIONS_DEFAULT as usize 
 /// Ports of datagrams whose fragments are under way.
 pub type Fragments<A> =
     LruHashMap<FragmentKey<A>, FragmentPorts, { limits::FRAGMENTS_DEFAULT as usize }>;
-/// Address and port of a Service → number of the Service port.
+/// Address and port of a Service → row of `SERVICE_STATE`.
 pub type Frontends<A> =
     HashMap<FrontendKey<A>, u32, { limits::FRONTENDS_DEFAULT as usize }, ON_DEMAND>;
 /// What an address is, by longest prefix.
@@ -89,7 +89,7 @@ pub static FRONTENDS_V6: Frontends<Ipv6> = HashMap::new();
 #[btf_map]
 pub static SERVICE_STATE: Array<
     ServiceState,
-    { limits::SERVICE_PORTS_DEFAULT as usize },
+    { (limits::SERVICE_PORTS_DEFAULT * endpoint_set::COUNT) as usize },
     MMAPABLE,
 > = Array::new();
 #[btf_map]

@@ -39,14 +39,14 @@ pub fn choose<F: Family>(
     };
     maps::count_lookup(Lookup::Frontend);
     // SAFETY: the value is a word, copied at once.
-    let service_port = unsafe { F::frontends().get(&key) }
+    let row = unsafe { F::frontends().get(&key) }
         .copied()
         .ok_or(DropReason::NoServicePort)?;
     let hash = F::hash_tuple(packet);
     let mut attempt = 0;
     while attempt < ATTEMPTS {
         attempt += 1;
-        if let Some(chosen) = look::<F>(service_port, hash)? {
+        if let Some(chosen) = look::<F>(row, hash)? {
             return Ok(chosen);
         }
     }
@@ -56,9 +56,9 @@ pub fn choose<F: Family>(
 /// One look at the set of endpoints. `None`: the word was read before a change and the row after
 /// it; the next look sees the whole change.
 #[inline(always)]
-fn look<F: Family>(service_port: u32, hash: u32) -> Result<Option<Chosen<F::Address>>, DropReason> {
+fn look<F: Family>(state_row: u32, hash: u32) -> Result<Option<Chosen<F::Address>>, DropReason> {
     let state = maps::SERVICE_STATE
-        .get_ptr(service_port)
+        .get_ptr(state_row)
         .ok_or(DropReason::NoServicePort)?;
     // One read of one aligned word: the whole set of endpoints of this moment.
     // SAFETY: an element of an array.
@@ -86,7 +86,10 @@ fn look<F: Family>(service_port: u32, hash: u32) -> Result<Option<Chosen<F::Addr
         )
     };
     let word = BackendWord::from_word(word);
-    if number == 0 || word.state == backend_state::FREE || owner != service_port {
+    if number == 0
+        || word.state == backend_state::FREE
+        || owner != weir_common::service::service_port_of_row(state_row)
+    {
         return Ok(None);
     }
     Ok(Some(Chosen {

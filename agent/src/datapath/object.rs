@@ -1,7 +1,10 @@
 //! The kernel programs that the agent carries, and what it must find in them.
 
 use aya_obj::Object;
-use weir_common::metrics::{HOOKS, Hook};
+use weir_common::{
+    metrics::{HOOKS, Hook},
+    service::endpoint_set,
+};
 
 use super::{DatapathError, DatapathOptions};
 
@@ -38,7 +41,10 @@ pub fn sizes(options: &DatapathOptions) -> Vec<(&'static str, u32)> {
         ("FLOWS_V6", flows),
         ("FLOW_RING_V4", options.connections),
         ("FLOW_RING_V6", options.connections),
-        ("SERVICE_STATE", options.services_max),
+        (
+            "SERVICE_STATE",
+            options.services_max.saturating_mul(endpoint_set::COUNT),
+        ),
         ("FRONTENDS_V4", frontends),
         ("FRONTENDS_V6", frontends),
         ("BACKENDS", options.backends_max),

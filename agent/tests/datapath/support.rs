@@ -110,6 +110,7 @@ impl BpfFs {
                 self.hash::<FrontendKey<Ipv4>, u32>("FRONTENDS_V4")
                     .get(&key, 0)
                     .ok()
+                    .map(service::service_port_of_row)
             }
             IpAddr::V6(v6) => {
                 let key = FrontendKey {
@@ -121,13 +122,17 @@ impl BpfFs {
                 self.hash::<FrontendKey<Ipv6>, u32>("FRONTENDS_V6")
                     .get(&key, 0)
                     .ok()
+                    .map(service::service_port_of_row)
             }
         }
     }
 
     pub fn state(&self, number: u32) -> ServiceState {
         self.array::<ServiceState>("SERVICE_STATE")
-            .get(&number, 0)
+            .get(
+                &service::state_row(number, service::endpoint_set::CLUSTER),
+                0,
+            )
             .unwrap()
     }
 

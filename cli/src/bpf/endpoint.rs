@@ -23,7 +23,7 @@ struct Row {
     egress_set: u32,
     ingress_set: u32,
     identity: u32,
-    mtu: u32,
+    mtu: u16,
 }
 
 pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {

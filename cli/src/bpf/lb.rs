@@ -10,7 +10,7 @@ use serde::Serialize;
 use weir_common::{
     Ipv4, Ipv6,
     address::Address,
-    service::{Backend, FrontendKey, ServiceState, SlotIndex, flag},
+    service::{Backend, FrontendKey, ServiceState, SlotIndex, flag, service_port_of_row},
 };
 
 use super::{Pins, names};
@@ -69,7 +69,7 @@ struct Tables {
     slots: ArrayOfMaps<MapData, Array<MapData, u64>>,
     backends: Array<MapData, Backend>,
     chunks: HashMap<u32, Array<MapData, u64>>,
-    /// Frontends share Service ports.
+    /// By row of `SERVICE_STATE`: frontends share them.
     services: HashMap<u32, Service>,
 }
 
@@ -90,31 +90,31 @@ impl Tables {
         // A deletion while we walk may start the walk anew.
         found.dedup();
         let v6 = A::BITS == 128;
-        let row = |(key, service_port): (FrontendKey<A>, u32)| {
+        let row = |(key, state_row): (FrontendKey<A>, u32)| {
             Ok(Row {
                 address: key.address.to_ip().to_string(),
                 port: key.port.get(),
                 protocol: names::protocol(key.protocol),
                 scope: names::frontend_scope(key.scope),
-                service_port,
-                service: self.service(service_port, v6)?,
+                service_port: service_port_of_row(state_row),
+                service: self.service(state_row, v6)?,
             })
         };
         found.into_iter().map(row).collect()
     }
 
-    fn service(&mut self, number: u32, v6: bool) -> anyhow::Result<Service> {
-        if let Some(service) = self.services.get(&number) {
+    fn service(&mut self, state_row: u32, v6: bool) -> anyhow::Result<Service> {
+        if let Some(service) = self.services.get(&state_row) {
             return Ok(service.clone());
         }
-        let state = self.states.get(&number, 0)?;
+        let state = self.states.get(&state_row, 0)?;
         let service = Service {
             in_use: state.flags() & flag::IN_USE != 0,
             first_slot: state.first_slot(),
             slots: state.slots(),
             backends: self.shares(state, v6)?,
         };
-        self.services.insert(number, service.clone());
+        self.services.insert(state_row, service.clone());
         Ok(service)
     }
 

@@ -145,6 +145,9 @@ impl ConfigTable {
             timeouts: config.timeouts,
             node_v4: config.node_v4.map(Into::into).unwrap_or_default(),
             node_v6: config.node_v6.map(Into::into).unwrap_or_default(),
+            netns_cookie: 0,
+            host_ifindex: 0,
+            refusals_per_second: 0,
             pod_ranges_v4: place(&v4, &self.row.pod_ranges_v4)?,
             pod_ranges_v6: place(&v6, &self.row.pod_ranges_v6)?,
         };

@@ -118,7 +118,8 @@ impl EndpointTable {
             egress_set: POLICY_SET_ALLOW_ALL,
             ingress_set: POLICY_SET_ALLOW_ALL,
             identity: 0,
-            mtu: row.mtu,
+            mtu: u16::try_from(row.mtu).unwrap_or(u16::MAX),
+            flags: 0,
         };
         let same_pod = old.ifindex == wanted.ifindex
             && old.ipv4 == wanted.ipv4

@@ -153,7 +153,8 @@ fn finish_backends(port: &mut Port, stray: &mut Vec<u32>) {
 }
 
 fn read_state(state: &mut MappedArray, number: u32) -> io::Result<ServiceState> {
-    let words = state.words(number)?;
+    let row = service::state_row(number, service::endpoint_set::CLUSTER);
+    let words = state.words(row)?;
     Ok(ServiceState(words[0].load(Ordering::Acquire)))
 }
 
@@ -173,7 +174,7 @@ where
     FrontendKey<A>: aya::Pod,
 {
     for item in map.iter() {
-        let (key, number) =
+        let (key, row) =
             item.map_err(|error| TableError::kernel(name, "all entries", io_error(error)))?;
         owners.insert(
             FrontendAddress {
@@ -182,7 +183,7 @@ where
                 protocol: key.protocol,
                 scope: key.scope,
             },
-            number,
+            service::service_port_of_row(row),
         );
     }
     Ok(())

@@ -168,14 +168,15 @@ pub(in super::super) struct FrontendMaps {
 
 impl FrontendMaps {
     fn insert(&mut self, frontend: FrontendAddress, number: u32) -> Result<(), TableError> {
+        let row = service::state_row(number, service::endpoint_set::CLUSTER);
         let (map, result) = match frontend.address {
             IpAddr::V4(v4) => {
                 let key = frontend.key(Ipv4::from(v4));
-                (FRONTENDS_V4, self.v4.insert(key, number, 0))
+                (FRONTENDS_V4, self.v4.insert(key, row, 0))
             }
             IpAddr::V6(v6) => {
                 let key = frontend.key(Ipv6::from(v6));
-                (FRONTENDS_V6, self.v6.insert(key, number, 0))
+                (FRONTENDS_V6, self.v6.insert(key, row, 0))
             }
         };
         result.map_err(io_error).map_err(|error| {

@@ -96,7 +96,7 @@ impl Services {
     ) -> Result<(), TableError> {
         let words = self
             .state
-            .words(number)
+            .words(service::state_row(number, service::endpoint_set::CLUSTER))
             .map_err(|error| TableError::kernel(SERVICE_STATE, number, error))?;
         words[0].store(word.0, Ordering::Release);
         Ok(())
