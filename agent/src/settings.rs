@@ -11,6 +11,7 @@ use std::{
 
 use weir_common::flow::Timeouts;
 
+mod cgroup;
 pub mod definitions;
 
 use definitions::{ALL, Definition};
@@ -31,8 +32,8 @@ pub struct Settings {
     pub run_dir: PathBuf,
     /// Directory for pins.
     pub bpf_root: PathBuf,
-    /// Mount point of cgroup2, if given.
-    pub cgroup_root: Option<PathBuf>,
+    /// Folder of the cgroup2 hierarchy: programs at system calls see the processes in it and below.
+    pub cgroup_root: PathBuf,
     /// Devices to attach to; empty: to be found.
     pub devices: Vec<String>,
     /// MTU of the pods' devices, bytes; `None`: to be found.
@@ -280,7 +281,10 @@ impl Values {
             },
             run_dir: self.required("run-dir", "a directory", absolute_path)?,
             bpf_root: self.required("bpf-root", "a directory on a bpffs", absolute_path)?,
-            cgroup_root: self.parse("cgroup-root", cgroup_root)?,
+            cgroup_root: match self.parse("cgroup-root", cgroup::given)? {
+                Some(path) => path,
+                None => cgroup_root()?,
+            },
             devices: self.parse("devices", devices)?.unwrap_or_default(),
             mtu: self
                 .parse("mtu", |text| number(text, 1280, u32::from(u16::MAX)))?
@@ -322,15 +326,12 @@ impl Values {
                 ],
                 None => {
                     let (value, origin) = match definition.name {
-                        "node-name" => (settings.node_name.as_str(), "host name"),
-                        "devices" | "mtu" => ("-", "found at start"),
-                        _ => ("-", "not given"),
+                        "node-name" => (settings.node_name.clone(), "host name"),
+                        "cgroup-root" => (settings.cgroup_root.display().to_string(), "mounts"),
+                        "devices" | "mtu" => ("-".to_owned(), "found at start"),
+                        _ => ("-".to_owned(), "not given"),
                     };
-                    [
-                        definition.name.to_owned(),
-                        value.to_owned(),
-                        origin.to_owned(),
-                    ]
+                    [definition.name.to_owned(), value, origin.to_owned()]
                 }
             })
             .collect();
@@ -530,6 +531,18 @@ fn host_name() -> Result<String, SettingsError> {
     })
 }
 
+fn cgroup_root() -> Result<PathBuf, SettingsError> {
+    const MOUNTS: &str = "/proc/self/mounts";
+    let mounts = fs::read_to_string(MOUNTS).unwrap_or_default();
+    cgroup::found(&mounts).map_err(|refusal| SettingsError::Invalid {
+        name: "cgroup-root",
+        value: String::new(),
+        place: MOUNTS.to_owned(),
+        problem: refusal.problem,
+        remedy: refusal.remedy,
+    })
+}
+
 fn absolute_path(text: &str) -> Result<PathBuf, Refusal> {
     let path = PathBuf::from(text);
     let plain = path
@@ -542,17 +555,6 @@ fn absolute_path(text: &str) -> Result<PathBuf, Refusal> {
         );
     }
     Ok(path)
-}
-
-fn cgroup_root(text: &str) -> Result<PathBuf, Refusal> {
-    let path = absolute_path(text)?;
-    let remedy = "give the mount point of the cgroup2 hierarchy (`findmnt -t cgroup2` shows it), \
-                  or leave it out";
-    match nix::sys::statfs::statfs(&path) {
-        Ok(stat) if stat.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC => Ok(path),
-        Ok(_) => refuse("not a cgroup2 file system", remedy),
-        Err(error) => refuse(error.desc(), remedy),
-    }
 }
 
 fn devices(text: &str) -> Result<Vec<String>, Refusal> {

@@ -68,8 +68,8 @@ pub const ALL: &[Definition] = &[
         "cgroup-root",
         "PATH",
         None,
-        "Mount point of the cgroup2 hierarchy. Checked when given; nothing is attached to it in \
-         this version",
+        "Folder of the cgroup2 hierarchy in which all processes are whose connections to Services \
+         are translated at the socket [default: the mount point]",
     ),
     define(
         "devices",

@@ -106,6 +106,11 @@ fn every_setting_is_shown_with_its_origin() {
     assert_eq!(row("log"), ["log", "debug", "WEIR_LOG"]);
     assert_eq!(row("source"), ["source", "dir:/objects", "--source"]);
     assert_eq!(row("run-dir"), ["run-dir", "/run/weir", "default"]);
+    let [_, root, origin] = row("cgroup-root")[..] else {
+        panic!("{table}");
+    };
+    assert!(Path::new(root).join("cgroup.procs").exists(), "{root}");
+    assert_eq!(origin, "mounts");
 }
 
 /// Bad input and what the message must contain: the setting, its origin, the value, the remedy.
@@ -308,13 +313,24 @@ fn bad_values_name_setting_origin_value_and_remedy() {
             &[SOURCE, ("cgroup-root", "/proc")],
             &[],
             None,
-            &["cgroup-root", "\"/proc\"", "not a cgroup2", "findmnt"],
+            &[
+                "cgroup-root",
+                "\"/proc\"",
+                "not a folder of a cgroup2",
+                "findmnt",
+            ],
         ),
         (
             &[SOURCE, ("cgroup-root", "/does/not/exist")],
             &[],
             None,
             &["cgroup-root", "No such file"],
+        ),
+        (
+            &[SOURCE, ("cgroup-root", "sys/fs/cgroup")],
+            &[],
+            None,
+            &["cgroup-root", "\"sys/fs/cgroup\"", "begins with /"],
         ),
         (
             &[SOURCE, ("devices", "eth0,a-name-that-is-too-long")],
