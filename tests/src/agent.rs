@@ -47,6 +47,7 @@ pub struct Agent {
     source: PathBuf,
     run_dir: PathBuf,
     bpf_root: PathBuf,
+    cgroup_root: PathBuf,
     log: PathBuf,
     arguments: Vec<String>,
     child: Option<Child>,
@@ -63,6 +64,7 @@ impl Agent {
         source: &Path,
         run_dir: &Path,
         bpf_root: &Path,
+        cgroup_root: &Path,
         log_directory: &Path,
         arguments: &[String],
     ) -> Result<Self> {
@@ -72,6 +74,7 @@ impl Agent {
             source: source.to_owned(),
             run_dir: run_dir.to_owned(),
             bpf_root: bpf_root.to_owned(),
+            cgroup_root: cgroup_root.to_owned(),
             log: log_directory.join(format!("{node}.log")),
             arguments: arguments.to_vec(),
             child: None,
@@ -94,6 +97,8 @@ impl Agent {
             .arg(&self.run_dir)
             .arg("--bpf-root")
             .arg(&self.bpf_root)
+            .arg("--cgroup-root")
+            .arg(&self.cgroup_root)
             .args(&self.arguments)
             .env_remove("RUST_LOG");
         Ok(command)

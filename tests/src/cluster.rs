@@ -15,6 +15,7 @@ use serde_json::Value;
 use crate::{
     Node,
     agent::Agent,
+    cgroup,
     cni::Call,
     netns::NetNs,
     objects::{self, Objects},
@@ -123,7 +124,9 @@ impl ClusterBuilder {
             keep: false,
         };
         // From here on a failure drops `cluster`, which removes what is there.
-        let fabric = NetNs::create(&reaper::namespace_name(&cluster.id, "fabric"))?;
+        let outside = cgroup::claim(&cluster.id)?;
+        let fabric = NetNs::create(&reaper::namespace_name(&cluster.id, "fabric"))?
+            .in_cgroup(Arc::new(outside));
         fabric.ip(&format!(
             "link add br0 mtu {} type bridge stp_state 0 mcast_snooping 0\nlink set br0 up\n",
             self.mtu
@@ -217,7 +220,9 @@ impl Cluster {
     ) -> Result<Node> {
         ensure!((1..10).contains(&number), "a cluster has 1 to 9 nodes");
         let name = format!("node{number}");
-        let netns = NetNs::create(&reaper::namespace_name(&self.id, &name))?;
+        let cgroup = Arc::new(cgroup::create(&self.id, &name)?);
+        let netns =
+            NetNs::create(&reaper::namespace_name(&self.id, &name))?.in_cgroup(cgroup.clone());
         self.fabric().ip(&format!(
             "link add {name} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}\n\
              link set {name} master br0 up\n",
@@ -251,12 +256,14 @@ impl Cluster {
             self.objects.directory(),
             &run_dir,
             &bpf_root,
+            cgroup.path(),
             &state,
             arguments,
         )?;
         Ok(Node {
             name,
             netns: Arc::new(netns),
+            cgroup,
             addresses,
             pod_cidrs,
             run_dir,

@@ -9,6 +9,7 @@
 //! dropped, and, should the process be killed, when the next test starts ([`reaper`]).
 
 pub mod agent;
+pub mod cgroup;
 pub mod cluster;
 pub mod cni;
 pub mod load;

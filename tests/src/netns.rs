@@ -8,6 +8,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,17 +18,21 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 
+use crate::cgroup::Cgroup;
+
 /// Where names of network namespaces live.
 pub const DIRECTORY: &str = "/run/netns";
 
 /// For short commands of the system's own tools.
 const TOOL_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A named network namespace. Dropping it keeps the namespace: [`remove`] ends it.
+/// A named network namespace, and the control group of those who enter it. Dropping it keeps the
+/// namespace: [`remove`] ends it.
 #[derive(Debug)]
 pub struct NetNs {
     name: String,
     file: File,
+    cgroup: Option<Arc<Cgroup>>,
 }
 
 impl NetNs {
@@ -76,7 +81,22 @@ impl NetNs {
         Ok(Self {
             name: name.to_owned(),
             file,
+            cgroup: None,
         })
+    }
+
+    /// Whoever enters the namespace from now on enters the control group, too: that of the node that
+    /// it belongs to.
+    #[must_use]
+    pub fn in_cgroup(mut self, cgroup: Arc<Cgroup>) -> Self {
+        self.cgroup = Some(cgroup);
+        self
+    }
+
+    /// The control group of those who enter; `None`: they stay where they are.
+    #[must_use]
+    pub const fn cgroup(&self) -> Option<&Arc<Cgroup>> {
+        self.cgroup.as_ref()
     }
 
     /// Its name.
@@ -109,7 +129,7 @@ impl NetNs {
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                enter(&self.file);
+                enter(&self.file, self.cgroup.as_deref());
                 f()
             });
             match thread.join() {
@@ -129,8 +149,9 @@ impl NetNs {
         f: impl FnOnce() -> T + Send + 'static,
     ) -> Result<std::thread::JoinHandle<T>> {
         let file = self.file.try_clone()?;
+        let cgroup = self.cgroup.clone();
         Ok(std::thread::spawn(move || {
-            enter(&file);
+            enter(&file, cgroup.as_deref());
             f()
         }))
     }
@@ -142,10 +163,16 @@ impl NetNs {
     /// When the namespace's file cannot be duplicated.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Result<Command> {
         let file = self.file.try_clone()?;
+        let cgroup = self.cgroup.clone();
         let mut command = Command::new(program);
-        // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
+        // SAFETY: between fork and exec the closure makes two system calls and allocates nothing.
         unsafe {
-            command.pre_exec(move || Ok(setns(file.as_fd(), CloneFlags::CLONE_NEWNET)?));
+            command.pre_exec(move || {
+                if let Some(cgroup) = &cgroup {
+                    cgroup.enter()?;
+                }
+                Ok(setns(file.as_fd(), CloneFlags::CLONE_NEWNET)?)
+            });
         }
         Ok(command)
     }
@@ -220,8 +247,11 @@ impl NetNs {
     }
 }
 
-/// Puts the calling thread into a namespace for good.
-fn enter(file: &File) {
+/// Puts the calling thread into a control group and a namespace for good.
+fn enter(file: &File, cgroup: Option<&Cgroup>) {
+    if let Some(Err(error)) = cgroup.map(Cgroup::enter) {
+        panic!("enter control group: {error}; is the cluster gone?");
+    }
     if let Err(error) = setns(file.as_fd(), CloneFlags::CLONE_NEWNET) {
         panic!("enter network namespace: {error}; are you root?");
     }

@@ -12,7 +12,9 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::{agent::Agent, netns::NetNs, objects::Objects, pod::Host, traffic::Server};
+use crate::{
+    agent::Agent, cgroup::Cgroup, netns::NetNs, objects::Objects, pod::Host, traffic::Server,
+};
 
 /// How long `wait_applied` waits, on a busy machine.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(20);
@@ -24,6 +26,8 @@ pub struct Node {
     pub name: String,
     /// Its network namespace.
     pub netns: Arc<NetNs>,
+    /// Its control group: that of its own threads and processes and of those of its pods.
+    pub cgroup: Arc<Cgroup>,
     /// Its addresses on the underlay, IPv4 first.
     pub addresses: Vec<IpAddr>,
     /// Its pod ranges, IPv4 first.
@@ -167,6 +171,7 @@ impl Node {
         Host {
             node: self.name.clone(),
             netns: self.netns.clone(),
+            cgroup: self.cgroup.clone(),
             socket: self.run_dir.join("agent.sock"),
             objects: objects.clone(),
         }

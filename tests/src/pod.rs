@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
+    cgroup::Cgroup,
     cni::Call,
     netns::{self, NetNs},
     objects::{self, Endpoint, Objects},
@@ -38,6 +39,7 @@ pub struct Pod {
 pub(crate) struct Host {
     pub node: String,
     pub netns: Arc<NetNs>,
+    pub cgroup: Arc<Cgroup>,
     pub socket: PathBuf,
     pub objects: Objects,
 }
@@ -50,7 +52,8 @@ pub(crate) fn container(id: &str, name: &str) -> String {
 impl Pod {
     /// Makes the namespace, calls ADD, and creates the Pod object.
     pub(crate) fn add(host: Host, id: &str, name: &str) -> Result<Self> {
-        let netns = NetNs::create(&crate::reaper::namespace_name(id, &format!("p-{name}")))?;
+        let netns = NetNs::create(&crate::reaper::namespace_name(id, &format!("p-{name}")))?
+            .in_cgroup(host.cgroup);
         let mut pod = Self {
             name: name.to_owned(),
             node: host.node,

@@ -2,7 +2,8 @@
 //! cluster for those whose process died without the chance to do it.
 //!
 //! A cluster's id is `PID-NUMBER`. Namespaces are named `weir-ID-…`, the state directory is
-//! `/run/weir-test/ID`, pins are in `/sys/fs/bpf/weir-test-ID`.
+//! `/run/weir-test/ID`, pins are in `/sys/fs/bpf/weir-test-ID`, control groups are
+//! `weir-test-PID/ID-…` ([`cgroup`]).
 
 use std::{
     fs,
@@ -17,7 +18,7 @@ use std::{
 
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-use crate::{netns, process};
+use crate::{cgroup, netns, process};
 
 /// Parent of all state directories.
 pub const STATE: &str = "/run/weir-test";
@@ -57,7 +58,7 @@ pub fn claim(id: &str) -> std::io::Result<()> {
     fs::rename(new, state_directory(id))
 }
 
-/// Removes all that belongs to one cluster: processes, namespaces, pins and files.
+/// Removes all that belongs to one cluster: processes, namespaces, control groups, pins and files.
 pub fn remove(id: &str) {
     let prefix = namespace_name(id, "");
     let names: Vec<String> = names_in(netns::DIRECTORY)
@@ -72,6 +73,7 @@ pub fn remove(id: &str) {
     for name in names {
         netns::remove(&name);
     }
+    cgroup::remove(id);
     // Neither need exist.
     let _ = fs::remove_dir_all(bpf_directory(id));
     let _ = fs::remove_dir_all(state_directory(id));
@@ -115,6 +117,10 @@ pub fn remove_dead() {
     for id in all_ids().filter(|id| !owner_lives(id)) {
         remove(&id);
     }
+    // What is left of those whose state directory went, but not all of the rest.
+    cgroup::remove_dead(|pid| {
+        all_ids().any(|id| id.split_once('-').is_some_and(|(p, _)| p == pid))
+    });
 }
 
 /// Removes what belongs to clusters of this process.

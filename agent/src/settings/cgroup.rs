@@ -32,7 +32,10 @@ pub(super) fn found(mounts: &str) -> Result<PathBuf, Refusal> {
     let usual = USUAL
         .into_iter()
         .find(|usual| points.iter().any(|point| point == Path::new(usual)));
-    match usual.map(PathBuf::from).or_else(|| points.into_iter().next()) {
+    match usual
+        .map(PathBuf::from)
+        .or_else(|| points.into_iter().next())
+    {
         Some(point) => Ok(point),
         None => refuse(
             "no cgroup2 hierarchy is mounted",
@@ -77,7 +80,8 @@ mod tests {
 
     #[test]
     fn the_usual_mounts_are_taken_first() {
-        const V1: &str = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw 0 0\n";
+        const V1: &str =
+            "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw 0 0\n";
         const UNIFIED: &str = "cgroup2 /sys/fs/cgroup/unified cgroup2 rw,relatime 0 0\n";
         const ONLY: &str = "cgroup2 /sys/fs/cgroup cgroup2 rw,relatime 0 0\n";
         const OTHER: &str = "none /mnt/my\\040cgroups\\134 cgroup2 rw 0 0\n";
