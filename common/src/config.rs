@@ -89,6 +89,10 @@ pub const NAT_PORT_FIRST: u16 = 61_000;
 /// Default number of NAT ports: 61000 to 65534.
 pub const NAT_PORT_COUNT: u16 = 4535;
 
+/// Default of [`Config::refusals_per_second`]: what Linux sends of ICMP errors
+/// (`net.ipv4.icmp_msgs_per_sec`).
+pub const REFUSALS_PER_SECOND: u32 = 1000;
+
 impl<A: Address> PodRange<A> {
     /// Whether the row is used.
     #[inline(always)]

@@ -25,6 +25,7 @@ pub mod metrics;
 pub mod next_hop;
 pub mod protocol;
 pub mod service;
+pub mod socket;
 
 pub use address::{Ipv4, Ipv6, MacAddress, Port};
 pub use drop_reason::DropReason;

@@ -17,13 +17,33 @@ pub enum Hook {
     FromNetdev = 2,
     /// What leaves the node by a device.
     ToNetdev = 3,
+    /// What the node itself sends to Services, and to its own addresses.
+    FromHost = 4,
+    /// System calls on sockets; 'packets' are calls here.
+    Socket = 5,
 }
 
 /// Hooks, in the order of their numbers.
-pub const HOOKS: [Hook; 4] = [Hook::FromPod, Hook::ToPod, Hook::FromNetdev, Hook::ToNetdev];
+pub const HOOKS: [Hook; 6] = [
+    Hook::FromPod,
+    Hook::ToPod,
+    Hook::FromNetdev,
+    Hook::ToNetdev,
+    Hook::FromHost,
+    Hook::Socket,
+];
+
+/// Hooks at devices: each is one program of the hook's name.
+pub const DEVICE_HOOKS: [Hook; 5] = [
+    Hook::FromPod,
+    Hook::ToPod,
+    Hook::FromNetdev,
+    Hook::ToNetdev,
+    Hook::FromHost,
+];
 
 impl Hook {
-    /// The name of the program at this hook.
+    /// The name of the hook; at a device that of the program too.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -31,6 +51,8 @@ impl Hook {
             Self::ToPod => "to_pod",
             Self::FromNetdev => "from_netdev",
             Self::ToNetdev => "to_netdev",
+            Self::FromHost => "from_host",
+            Self::Socket => "socket",
         }
     }
 }
@@ -46,6 +68,8 @@ pub mod outcome {
     pub const REMOTE: u8 = 4;
     /// Answered in place (ARP, neighbour discovery, ICMP errors).
     pub const ANSWERED: u8 = 5;
+    /// A socket's destination was translated.
+    pub const TRANSLATED: u8 = 6;
     /// New connections entered in the flow table.
     pub const FLOW_CREATED: u8 = 10;
     /// Connections removed from the full table because they had been idle for their time-out.
@@ -56,6 +80,11 @@ pub mod outcome {
     pub const FLOW_PORT_CHANGED: u8 = 13;
     /// Entries removed because their endpoint, backend or next hop has become another's.
     pub const FLOW_STALE: u8 = 14;
+    /// Packets that were dropped, under the reason that is counted too, and refused: the sender got a
+    /// TCP reset or ICMP port unreachable.
+    pub const REFUSED: u8 = 15;
+    /// Refusals that were not sent, to keep within the limit.
+    pub const REFUSAL_LIMITED: u8 = 16;
     /// Events that found no room in the ring buffer.
     pub const EVENT_LOST: u8 = 20;
 
@@ -65,11 +94,14 @@ pub mod outcome {
         (LOCAL, "LOCAL"),
         (REMOTE, "REMOTE"),
         (ANSWERED, "ANSWERED"),
+        (TRANSLATED, "TRANSLATED"),
         (FLOW_CREATED, "FLOW_CREATED"),
         (FLOW_EXPIRED, "FLOW_EXPIRED"),
         (FLOW_EVICTED, "FLOW_EVICTED"),
         (FLOW_PORT_CHANGED, "FLOW_PORT_CHANGED"),
         (FLOW_STALE, "FLOW_STALE"),
+        (REFUSED, "REFUSED"),
+        (REFUSAL_LIMITED, "REFUSAL_LIMITED"),
         (EVENT_LOST, "EVENT_LOST"),
     ];
 }

@@ -2,14 +2,21 @@
 //! written here; `flow::commit` does that, and a dry run leaves it out.
 
 use weir_common::{
-    DropReason, Port, config::Config, flow::scope, ipcache::class, next_hop, protocol,
-    service::scope as service_scope,
+    DropReason, Port,
+    config::Config,
+    endpoint,
+    flow::scope,
+    ipcache::{class, flag as address_flag},
+    next_hop, protocol,
+    service::{scope as service_scope, service_port_of_row},
 };
 
 use crate::{
     deliver::Hop,
     family::{Family, InPodRange},
-    local, policy, scratch, service,
+    local,
+    packet::Packet,
+    policy, scratch, service,
 };
 
 /// What was decided for a new connection, or for a packet that needs none. Flags are words, so
@@ -39,6 +46,8 @@ pub struct Decision<A> {
     pub backend: u32,
     /// Generation of its row.
     pub backend_generation: u32,
+    /// Number of the Service port if it has session affinity, else 0.
+    pub affinity_port: u32,
 }
 
 /// Where an address is.
@@ -46,14 +55,20 @@ pub struct Decision<A> {
 struct Target {
     next_hop: u32,
     reply_scope: u8,
+    /// See [`address_flag`].
+    flags: u8,
 }
 
-/// Decides for a packet that leaves the pod `sender`; the decision is left in the scratch room.
+/// Sender of what the node itself sends: the number that no endpoint has.
+pub const NODE: u32 = 0;
+
+/// Decides for a packet that leaves the pod `sender`, or [`NODE`]; the decision is left in the
+/// scratch room.
 ///
 /// `ports_known` is false for a later fragment whose first was not seen: it can be forwarded only
 /// where ports make no difference.
 #[inline(always)]
-pub fn from_pod<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReason> {
+pub fn for_sender<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReason> {
     match F::decide(sender, u32::from(ports_known)) {
         0 => Ok(()),
         reason => Err(DropReason::of_kernel(reason)),
@@ -73,7 +88,13 @@ pub fn decide<F: Family>(sender: u32, ports_known: u32) -> u32 {
 fn try_decide<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReason> {
     let packet = scratch::packet::<F>()?;
     let config = local::config()?;
-    let sender = local::by_number(sender).ok_or(DropReason::StaleEndpoint)?;
+    let (number, egress_set) = match sender {
+        NODE => (NODE, endpoint::POLICY_SET_ALLOW_ALL),
+        _ => {
+            let local = local::by_number(sender).ok_or(DropReason::StaleEndpoint)?;
+            (sender, local.row.egress_set)
+        }
+    };
     let work = scratch::decision::<F>()?;
     let decision = &mut work.decision;
     decision.source = packet.key.source;
@@ -83,14 +104,17 @@ fn try_decide<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReaso
     decision.stateful = 0;
     decision.backend = 0;
     decision.backend_generation = 0;
-    policy::judge(sender.row.egress_set)?;
-    let mut located = locate::<F>(config, packet.key.destination);
-    if let Located::Service = located {
-        if !ports_known {
-            return Err(DropReason::FragmentNotFound);
-        }
-        let chosen = service::choose::<F>(packet, service_scope::INSIDE)?;
+    decision.affinity_port = 0;
+    policy::judge(egress_set)?;
+    let mut target = locate::<F>(config, packet.key.destination, number);
+    let row = frontend::<F>(packet, target.flags, ports_known)?;
+    if row != service::NO_ROW {
+        let client = service::client_of::<F>(packet.key.source, number == NODE);
+        let chosen = service::choose::<F>(row, F::hash_tuple(packet), &client)?;
         decision.destination = chosen.address;
+        if chosen.affinity != 0 {
+            decision.affinity_port = service_port_of_row(row);
+        }
         decision.destination_port = chosen.port;
         decision.backend = chosen.number;
         decision.backend_generation = chosen.generation;
@@ -101,22 +125,25 @@ fn try_decide<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReaso
             // Its CRC covers the whole packet.
             return Err(DropReason::UnsupportedProtocol);
         }
-        located = locate::<F>(config, decision.destination);
+        target = locate::<F>(config, decision.destination, number);
+        if target.flags & address_flag::REFUSE != 0 {
+            // An endpoint with the address of a Service leads nowhere but in circles.
+            return Err(DropReason::NoBackend);
+        }
     }
-    // An endpoint with the address of a Service leads nowhere but in circles.
-    let Located::At(target) = located else {
-        return Err(DropReason::NoBackend);
-    };
     decision.next_hop = target.next_hop;
     decision.reply_scope = target.reply_scope;
     let hop = Hop::find(target.next_hop)?;
     decision.next_hop_generation = hop.generation();
     decision.ingress_set = hop.ingress_set();
-    policy::judge(decision.ingress_set)?;
-    if policy::is_stateful(sender.row.egress_set) || policy::is_stateful(decision.ingress_set) {
-        decision.stateful = 1;
+    if number != NODE {
+        // The node reaches its own pods under any policy.
+        policy::judge(decision.ingress_set)?;
+        if policy::is_stateful(egress_set) || policy::is_stateful(decision.ingress_set) {
+            decision.stateful = 1;
+        }
     }
-    if target.next_hop == sender.number && decision.backend != 0 {
+    if number != NODE && target.next_hop == number && decision.backend != 0 {
         // A pod drops what comes from its own address.
         decision.hairpin = 1;
         decision.source = F::loopback(config);
@@ -124,43 +151,74 @@ fn try_decide<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReaso
     Ok(())
 }
 
-enum Located {
-    At(Target),
-    Service,
+/// The row of `SERVICE_STATE` that the packet's destination leads to, or [`service::NO_ROW`] if it is
+/// no Service's. An error when it is to be refused.
+#[inline(always)]
+fn frontend<F: Family>(
+    packet: &Packet<F::Address>,
+    flags: u8,
+    ports_known: bool,
+) -> Result<u32, DropReason> {
+    if flags == 0 {
+        return Ok(service::NO_ROW);
+    }
+    if !ports_known {
+        if flags & address_flag::FRONTENDS != 0 {
+            return Err(DropReason::FragmentNotFound);
+        }
+        // Most of what goes to a node is for the node.
+        return Ok(service::NO_ROW);
+    }
+    let row = service::find_row::<F>(
+        packet.key.destination,
+        packet.key.destination_port,
+        packet.key.protocol,
+        service_scope::INSIDE,
+        flags,
+    );
+    if row == service::NO_ROW && flags & address_flag::REFUSE != 0 {
+        return Err(DropReason::NoServicePort);
+    }
+    Ok(row)
 }
 
-/// Where an address is: a pod of this node, another node, this node, a Service, or elsewhere.
+/// Where an address is: a pod of this node, another node, this node, or elsewhere, as seen from
+/// `sender`.
 #[inline(always)]
-fn locate<F: Family>(config: &Config, address: F::Address) -> Located {
-    let host = |reply_scope| {
-        Located::At(Target {
-            next_hop: next_hop::HOST,
-            reply_scope,
-        })
+fn locate<F: Family>(config: &Config, address: F::Address, sender: u32) -> Target {
+    let host = |reply_scope, flags| Target {
+        next_hop: next_hop::HOST,
+        reply_scope,
+        flags,
+    };
+    // Replies of the node to a pod leave by the pod's device; those to itself by the loopback device.
+    let from_this_node = if sender == NODE {
+        scope::NODE
+    } else {
+        scope::HOST
     };
     if let InPodRange::Row(_) = F::in_pod_range(config, address) {
         return match local::by_address::<F>(config, address) {
-            Some(target) => Located::At(Target {
+            Some(target) => Target {
                 next_hop: target.number,
                 reply_scope: scope::POD,
-            }),
+                flags: 0,
+            },
             // The route of the range is 'unreachable': the stack says so to the sender.
-            None => host(scope::HOST),
+            None => host(from_this_node, 0),
         };
     }
     let Some(entry) = F::ipcache(address) else {
-        return host(scope::UNDERLAY);
+        return host(scope::UNDERLAY, 0);
     };
     match entry.class {
-        class::SERVICE => Located::Service,
-        class::THIS_NODE => host(scope::HOST),
-        class::REMOTE_PODS | class::REMOTE_NODE if entry.next_hop != next_hop::NONE => {
-            Located::At(Target {
-                next_hop: entry.next_hop,
-                reply_scope: scope::UNDERLAY,
-            })
-        }
-        _ => host(scope::UNDERLAY),
+        class::THIS_NODE => host(from_this_node, entry.flags),
+        class::REMOTE_PODS | class::REMOTE_NODE if entry.next_hop != next_hop::NONE => Target {
+            next_hop: entry.next_hop,
+            reply_scope: scope::UNDERLAY,
+            flags: entry.flags,
+        },
+        _ => host(scope::UNDERLAY, entry.flags),
     }
 }
 

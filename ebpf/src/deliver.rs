@@ -1,13 +1,14 @@
 //! The last step: a packet whose next hop is known is measured, rewritten and sent there.
 
 use aya_ebpf::{
-    bindings::{bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
-    helpers::{bpf_redirect_neigh, bpf_redirect_peer},
+    bindings::{BPF_F_INGRESS, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
+    helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
     programs::TcContext,
 };
 use weir_common::{
     DropReason, MacAddress,
     endpoint::Endpoint,
+    flow::flag,
     mark,
     metrics::Hook,
     next_hop::{self, NextHop},
@@ -107,12 +108,12 @@ pub fn deliver<F: Family>(
     let mtu = match (hop.endpoint, hop.neighbour) {
         (Some(row), _) => u32::from(row.mtu),
         (None, Some(row)) => u32::from(row.mtu),
-        (None, None) => return to_stack::<F>(ctx, packet),
+        (None, None) => return to_stack::<F>(ctx, hook, packet),
     };
     if packet.wire_length(ctx) > mtu {
         if packet.dont_fragment == 0 {
             // The stack cuts it and routes the pieces the same way.
-            return to_stack::<F>(ctx, packet);
+            return to_stack::<F>(ctx, hook, packet);
         }
         return icmp::answer_too_big::<F>(ctx, hook, packet, mtu);
     }
@@ -133,7 +134,15 @@ pub fn deliver<F: Family>(
     Ok(match (hop.endpoint, hop.neighbour) {
         (Some(row), _) => {
             // SAFETY: no preconditions; a device that is gone makes the helper drop the packet.
-            Verdict::local(unsafe { bpf_redirect_peer(row.ifindex, 0) } as i32)
+            Verdict::local(unsafe {
+                if access::ifindex(ctx) == LOOPBACK {
+                    // The packet carries the host's route to itself, which only the way through
+                    // the device takes off.
+                    bpf_redirect(row.ifindex, 0)
+                } else {
+                    bpf_redirect_peer(row.ifindex, 0)
+                }
+            } as i32)
         }
         (None, Some(row)) => {
             ctx.set_mark(access::mark(ctx) | mark::DONE << switches::mark_shift());
@@ -143,17 +152,34 @@ pub fn deliver<F: Family>(
     })
 }
 
+/// Interface index of the loopback device, in every network namespace.
+pub const LOOPBACK: u32 = 1;
+
 /// Translates the packet in place and leaves it to the stack.
+///
+/// A reply that now comes from a Service is handed over as received by the node's own device, to which
+/// the routes of Services lead: elsewhere the stack may take its source for forged (RFC 3704).
 #[inline(always)]
 pub fn to_stack<F: Family>(
     ctx: &TcContext,
+    hook: Hook,
     packet: &Packet<F::Address>,
 ) -> Result<Verdict, DropReason> {
-    if packet.rewrite.is_needed() {
-        packet.rewrite.write::<F>(ctx, packet)?;
-        packet.rewrite.fix_checksum::<F>(ctx, packet)?;
+    if !packet.rewrite.is_needed() {
+        return Ok(Verdict::STACK);
     }
-    Ok(Verdict::STACK)
+    packet.rewrite.write::<F>(ctx, packet)?;
+    packet.rewrite.fix_checksum::<F>(ctx, packet)?;
+    let ifindex = local::config()?.host_ifindex;
+    if !matches!(hook, Hook::FromPod | Hook::FromNetdev)
+        || packet.rewrite.flags & flag::REPLY == 0
+        || ifindex == 0
+    {
+        return Ok(Verdict::STACK);
+    }
+    // SAFETY: no preconditions; a device that is gone makes the helper drop the packet.
+    let action = unsafe { bpf_redirect(ifindex, u64::from(BPF_F_INGRESS)) };
+    Ok(Verdict::to_stack_by(action as i32))
 }
 
 /// Gives the frame the addresses that the host would have given it: packet sockets in the pod and

@@ -16,8 +16,8 @@ use weir_common::{
 };
 
 use crate::{
-    access,
-    decide::Decision,
+    access, affinity,
+    decide::{self, Decision},
     deliver::Hop,
     event,
     family::Family,
@@ -26,7 +26,7 @@ use crate::{
     packet::Packet,
     rewrite, ring,
     scratch::{self, Work},
-    verdict,
+    service, verdict,
 };
 
 /// Now, in ticks of the flow table.
@@ -167,7 +167,7 @@ pub fn enter<F: Family>(ctx: &TcContext, hook: u32, sender: u32) -> u32 {
     let hook = if hook == Hook::FromPod as u32 {
         Hook::FromPod
     } else {
-        Hook::FromNetdev
+        Hook::FromHost
     };
     match try_enter::<F>(ctx, hook, sender) {
         Ok(()) => 0,
@@ -199,10 +199,27 @@ fn try_enter<F: Family>(ctx: &TcContext, hook: Hook, sender: u32) -> Result<(), 
         return Err(DropReason::FlowTableFull);
     }
     verdict::count(hook, outcome::FLOW_CREATED, 0);
+    remember_affinity::<F>(packet, sender);
     if local::config()?.flags & config::flag::EVENT_NEW_FLOW != 0 {
         event::report_new_flow::<F>(ctx, hook, packet, &scratch::decision::<F>()?.forward);
     }
     Ok(())
+}
+
+/// With session affinity, notes where the client was led.
+#[inline(always)]
+fn remember_affinity<F: Family>(packet: &Packet<F::Address>, sender: u32) {
+    let Ok(Work { decision, .. }) = scratch::decision::<F>() else {
+        return;
+    };
+    if decision.affinity_port != 0 {
+        affinity::remember(
+            &service::client_of::<F>(packet.key.source, sender == decide::NODE),
+            decision.affinity_port,
+            decision.backend,
+            decision.backend_generation,
+        );
+    }
 }
 
 /// Fills both entries in the scratch room. Returns 0, or 1 if an endpoint went away meanwhile.
@@ -224,15 +241,21 @@ fn fill_forward<F: Family>(
     else {
         return 1;
     };
-    let Some(sender) = local::by_number(sender) else {
-        return 1;
-    };
     let hairpin = if decision.hairpin != 0 {
         flag::HAIRPIN
     } else {
         0
     };
     begin::<F>(forward, decision, place);
+    if sender != decide::NODE {
+        let Some(sender) = local::by_number(sender) else {
+            return 1;
+        };
+        forward.ifindex = sender.row.ifindex;
+        forward.source_endpoint = sender.number;
+        forward.source_generation = sender.row.generation;
+        forward.egress_set = sender.row.egress_set;
+    }
     forward.tag = packet.key.tag();
     forward.tcp_flags = packet.tcp_flags;
     forward.flags = u16::from(decision.reply_scope) << flag::PARTNER_SCOPE_SHIFT | hairpin;
@@ -242,10 +265,6 @@ fn fill_forward<F: Family>(
     forward.new_destination_port = decision.destination_port;
     forward.next_hop = decision.next_hop;
     forward.next_hop_generation = decision.next_hop_generation;
-    forward.ifindex = sender.row.ifindex;
-    forward.source_endpoint = sender.number;
-    forward.source_generation = sender.row.generation;
-    forward.egress_set = sender.row.egress_set;
     forward.ingress_set = decision.ingress_set;
     forward.packets = 1;
     forward.bytes = u64::from(ctx.len());
@@ -260,23 +279,29 @@ fn fill_reply<F: Family>(packet: &Packet<F::Address>, sender: u32, place: u32) -
     else {
         return 1;
     };
-    let Some(sender) = local::by_number(sender) else {
-        return 1;
-    };
     let hairpin = if decision.hairpin != 0 {
         flag::HAIRPIN
     } else {
         0
     };
     begin::<F>(reply, decision, place);
+    if sender == decide::NODE {
+        reply.next_hop = weir_common::next_hop::HOST;
+        reply.next_hop_generation = 0;
+        reply.ingress_set = 0;
+    } else {
+        let Some(sender) = local::by_number(sender) else {
+            return 1;
+        };
+        reply.next_hop = sender.number;
+        reply.next_hop_generation = sender.row.generation;
+        reply.ingress_set = sender.row.ingress_set;
+    }
     reply.flags = flag::REPLY | u16::from(packet.key.scope) << flag::PARTNER_SCOPE_SHIFT | hairpin;
     reply.new_source = packet.key.destination;
     reply.new_destination = packet.key.source;
     reply.new_source_port = packet.key.destination_port;
     reply.new_destination_port = packet.key.source_port;
-    reply.next_hop = sender.number;
-    reply.next_hop_generation = sender.row.generation;
-    reply.ingress_set = sender.row.ingress_set;
     if let Some(local) = local::by_number(local_number(decision.next_hop)) {
         reply.source_endpoint = local.number;
         reply.source_generation = local.row.generation;

@@ -10,7 +10,7 @@ use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use crate::{
     decide,
     family::{V4, V6},
-    flow,
+    flow, refuse,
 };
 
 /// See [`decide::decide`].
@@ -53,4 +53,18 @@ pub extern "C" fn reply_tuple_is_taken_v4() -> u32 {
 #[inline(never)]
 pub extern "C" fn reply_tuple_is_taken_v6() -> u32 {
     flow::reply_tuple_is_taken::<V6>()
+}
+
+/// See [`refuse::refuse`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn refuse_v4(skb: *mut __sk_buff, hook: u32, reason: u32) -> u32 {
+    refuse::refuse::<V4>(&TcContext::new(skb), hook, reason)
+}
+
+/// See [`refuse::refuse`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn refuse_v6(skb: *mut __sk_buff, hook: u32, reason: u32) -> u32 {
+    refuse::refuse::<V6>(&TcContext::new(skb), hook, reason)
 }

@@ -5,26 +5,23 @@
 //! came from.
 
 use aya_ebpf::{
-    bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
-    helpers::{
-        bpf_csum_diff, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer, bpf_skb_adjust_room,
-        bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes,
-    },
+    bindings::BPF_F_PSEUDO_HDR,
+    helpers::{bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes},
     programs::TcContext,
 };
 use weir_common::{
-    DropReason, Ipv4, Ipv6, MacAddress, Port,
+    DropReason, Ipv6, Port,
     address::Address,
     checksum::{self, Summed},
     flow::FlowKey,
     lookup::Lookup,
-    mark,
     metrics::Hook,
     protocol,
 };
 
 use crate::{
-    access::{self, ETHERNET, OFFSET_MASK},
+    access::{self, ETHERNET},
+    answer,
     family::Family,
     local, maps,
     packet::{Packet, icmp_type},
@@ -109,38 +106,34 @@ fn answer<F: Family>(
     if packet.is_later_fragment() || is_error(packet) || F::is_link_local(packet.key.source) {
         return Err(reason);
     }
-    let config = local::config()?;
-    let built = if F::NUMBER == 4 {
-        let node = config.node_v4;
-        let source = if node.word() == 0 {
-            config.gateway_v4
-        } else {
-            node
-        };
-        build_v4(ctx, &source, error.kind, error.code, error.rest)
+    build_from_node::<F>(ctx, error)?;
+    Ok(Verdict::answered(answer::send_back(ctx, hook)))
+}
+
+/// Turns the packet into 'port unreachable' (RFC 792, RFC 4443) to its source.
+#[inline(always)]
+pub fn build_port_unreachable<F: Family>(ctx: &TcContext) -> Result<(), DropReason> {
+    let (kind, code) = if F::NUMBER == 4 {
+        (icmp_type::UNREACHABLE, 3)
     } else {
-        let node = config.node_v6;
-        let source = if node.is_zero() {
-            config.gateway_v6
-        } else {
-            node
-        };
-        build_v6(ctx, &source, error.kind, error.code, error.rest)
+        (icmp_type::V6_UNREACHABLE, 4)
     };
-    if built != 0 {
-        return Err(DropReason::IcmpReplyFailed);
+    let error = Error {
+        kind,
+        code,
+        rest: 0,
+    };
+    build_from_node::<F>(ctx, error)
+}
+
+/// Turns the packet into an error from this node to its source.
+#[inline(always)]
+fn build_from_node<F: Family>(ctx: &TcContext, error: Error) -> Result<(), DropReason> {
+    let source = F::node(local::config()?);
+    match build::<F>(ctx, &source, error.kind, error.code, error.rest) {
+        0 => Ok(()),
+        _ => Err(DropReason::IcmpReplyFailed),
     }
-    let ifindex = access::ifindex(ctx);
-    // SAFETY: no preconditions.
-    let action = unsafe {
-        if matches!(hook, Hook::FromPod) {
-            bpf_redirect_peer(ifindex, 0)
-        } else {
-            ctx.set_mark(access::mark(ctx) | mark::DONE << switches::mark_shift());
-            bpf_redirect(ifindex, 0)
-        }
-    };
-    Ok(Verdict::answered(action as i32))
 }
 
 /// Whether a packet is an ICMP error itself.
@@ -169,83 +162,24 @@ struct Message {
     quote: [u8; QUOTE_MAX as usize],
 }
 
-/// Turns the packet into an IPv4 error from `source` to its own source. Returns 0, or what failed.
+/// Turns the packet into an error from `source` to its own source. Returns 0, or what failed.
 #[inline(never)]
-fn build_v4(ctx: &TcContext, source: &Ipv4, kind: u8, code: u8, rest: u32) -> u32 {
-    const HEADER: u32 = 20;
+fn build<F: Family>(ctx: &TcContext, source: &F::Address, kind: u8, code: u8, rest: u32) -> u32 {
     let source = *source;
-    let Ok(destination) = ctx.load::<Ipv4>(ETHERNET as usize + 12) else {
+    let Ok(destination) = ctx.load::<F::Address>((ETHERNET + F::SOURCE) as usize) else {
         return 1;
     };
     let quote = match take_quote(ctx) {
         0 => return 2,
         quote => quote,
     };
-    let total = HEADER + ICMP + quote;
-    if !empty(ctx, total) {
-        return 3;
+    let failed = answer::begin::<F>(ctx, &source, &destination, F::ICMP, ICMP + quote);
+    if failed != 0 {
+        return failed;
     }
-    let mut header = [0u32; 5];
-    header[0] = u32::from_ne_bytes([0x45, 0xc0, (total >> 8) as u8, total as u8]);
-    header[2] = u32::from_ne_bytes([64, protocol::ICMP, 0, 0]);
-    header[3] = source.word();
-    header[4] = destination.word();
-    let sum: u64 = header.iter().map(|w| u64::from(*w)).sum();
-    header[2] |= u32::from(!checksum::fold16(sum)) << 16;
-    // SAFETY: plain bytes.
-    let Some(place) = (unsafe { access::at::<[u32; 5]>(ctx, ETHERNET) }) else {
-        return 4;
-    };
-    // SAFETY: checked by `at`.
-    unsafe { *place = header };
-    finish(ctx, HEADER, quote, [kind, code], rest, None)
-}
-
-/// The IPv6 header of an error, as words.
-#[repr(C)]
-struct HeaderV6 {
-    version_and_flow: u32,
-    length_next_hops: u32,
-    source: Ipv6,
-    destination: Ipv6,
-}
-
-/// The same for IPv6.
-#[inline(never)]
-fn build_v6(ctx: &TcContext, source: &Ipv6, kind: u8, code: u8, rest: u32) -> u32 {
-    const HEADER: u32 = 40;
-    let source = *source;
-    let Ok(destination) = ctx.load::<Ipv6>(ETHERNET as usize + 8) else {
-        return 1;
-    };
-    let quote = match take_quote(ctx) {
-        0 => return 2,
-        quote => quote,
-    };
-    let length = ICMP + quote;
-    if !empty(ctx, HEADER + length) {
-        return 3;
-    }
-    // SAFETY: plain bytes.
-    let Some(place) = (unsafe { access::at::<HeaderV6>(ctx, ETHERNET) }) else {
-        return 4;
-    };
-    // SAFETY: checked by `at`.
-    unsafe {
-        *place = HeaderV6 {
-            version_and_flow: u32::from_ne_bytes([0x60, 0, 0, 0]),
-            length_next_hops: u32::from_ne_bytes([
-                (length >> 8) as u8,
-                length as u8,
-                protocol::ICMPV6,
-                64,
-            ]),
-            source,
-            destination,
-        };
-    }
-    let pseudo = Some((&source, &destination));
-    finish(ctx, HEADER, quote, [kind, code], rest, pseudo)
+    // The checksum of ICMP covers no addresses (RFC 792), that of ICMPv6 does (RFC 4443).
+    let pseudo = (F::NUMBER == 6).then(|| (source.to_shared(), destination.to_shared()));
+    finish(ctx, F::HEADER, quote, [kind, code], rest, pseudo)
 }
 
 /// Copies what is quoted into the scratch room. Returns its bytes, 0 on failure.
@@ -280,27 +214,7 @@ fn take_quote(ctx: &TcContext) -> u32 {
     if loaded == 0 { quote } else { 0 }
 }
 
-/// Bytes that [`empty`] takes away behind the Ethernet header: all headers up to that of layer 4,
-/// wherever that is.
-const EMPTIED: u32 = OFFSET_MASK + 1;
-
-/// Gives the packet `length` bytes behind its Ethernet header, of unknown content, and takes from
-/// it what its sender asked of the device. Returns whether it worked.
-///
-/// The first call ends segmentation. The second makes the kernel forget a checksum that is yet to
-/// be computed, as it was to begin among the bytes taken (`skb_postpull_rcsum`); otherwise it
-/// would be written into what the error quotes.
-#[inline(always)]
-fn empty(ctx: &TcContext, length: u32) -> bool {
-    // SAFETY: the context is valid; the helpers check their arguments.
-    unsafe {
-        bpf_skb_change_tail(ctx.skb.skb, ETHERNET + EMPTIED + length, 0) == 0
-            && bpf_skb_adjust_room(ctx.skb.skb, -(EMPTIED as i32), BPF_ADJ_ROOM_MAC, 0) == 0
-    }
-}
-
-/// Writes all from the ICMP header on, with its checksum, and turns the Ethernet addresses round.
-/// Returns 0, or what failed.
+/// Writes all from the ICMP header on, with its checksum. Returns 0, or what failed.
 #[inline(always)]
 fn finish(
     ctx: &TcContext,
@@ -308,7 +222,7 @@ fn finish(
     quote: u32,
     kind_and_code: [u8; 2],
     rest: u32,
-    pseudo: Option<(&Ipv6, &Ipv6)>,
+    pseudo: Option<(Ipv6, Ipv6)>,
 ) -> u32 {
     // SAFETY: plain bytes, filled by `take_quote`.
     let Ok(message) = (unsafe { scratch::room::<Message>() }) else {
@@ -322,8 +236,8 @@ fn finish(
     message.pseudo_length = 0;
     message.pseudo_next_header = 0;
     if let Some((source, destination)) = pseudo {
-        message.pseudo_source = *source;
-        message.pseudo_destination = *destination;
+        message.pseudo_source = source;
+        message.pseudo_destination = destination;
         message.pseudo_length = length.to_be();
         message.pseudo_next_header = u32::from(protocol::ICMPV6).to_be();
     }
@@ -339,14 +253,6 @@ fn finish(
     };
     let checksum = !checksum::fold16(total as u64 & 0xffff_ffff);
     message.icmp[0] |= u32::from(checksum) << 16;
-    // SAFETY: plain bytes, checked by `at`.
-    unsafe {
-        let Some(macs) = access::at::<[MacAddress; 2]>(ctx, 0) else {
-            return 6;
-        };
-        let [destination, source] = *macs;
-        *macs = [source, destination];
-    }
     if !(ICMP..=ICMP + QUOTE_MAX).contains(&length) {
         return 7;
     }

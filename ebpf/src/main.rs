@@ -26,6 +26,10 @@ fn main() {}
 #[cfg(target_arch = "bpf")]
 mod access;
 #[cfg(target_arch = "bpf")]
+mod affinity;
+#[cfg(target_arch = "bpf")]
+mod answer;
+#[cfg(target_arch = "bpf")]
 mod decide;
 #[cfg(target_arch = "bpf")]
 mod deliver;
@@ -56,6 +60,8 @@ mod packet;
 #[cfg(target_arch = "bpf")]
 mod policy;
 #[cfg(target_arch = "bpf")]
+mod refuse;
+#[cfg(target_arch = "bpf")]
 mod rewrite;
 #[cfg(target_arch = "bpf")]
 mod ring;
@@ -63,6 +69,8 @@ mod ring;
 mod scratch;
 #[cfg(target_arch = "bpf")]
 mod service;
+#[cfg(target_arch = "bpf")]
+mod socket;
 #[cfg(target_arch = "bpf")]
 mod switches;
 #[cfg(target_arch = "bpf")]
@@ -93,10 +101,85 @@ mod entry {
         verdict::conclude(&ctx, Hook::FromNetdev, hooks::from_netdev::run(&ctx))
     }
 
+    /// tcx ingress on our end of the node's own device and on the loopback device: what the node
+    /// itself sends to Services, and to its own addresses.
+    #[classifier]
+    pub fn from_host(ctx: TcContext) -> i32 {
+        verdict::conclude(&ctx, Hook::FromHost, hooks::from_host::run(&ctx))
+    }
+
     /// tcx egress on the node's devices: all that leaves the node.
     #[classifier]
     pub fn to_netdev(ctx: TcContext) -> i32 {
         verdict::conclude(&ctx, Hook::ToNetdev, hooks::to_netdev::run(&ctx))
+    }
+}
+
+/// Programs of the cgroup: system calls on sockets.
+#[cfg(target_arch = "bpf")]
+mod socket_entry {
+    use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+
+    use crate::socket::{self, Call};
+
+    /// `connect()` of IPv4 sockets.
+    #[cgroup_sock_addr(connect4)]
+    pub fn sock_connect4(ctx: SockAddrContext) -> i32 {
+        socket::to_v4(&ctx, Call::Connect)
+    }
+
+    /// `connect()` of IPv6 sockets.
+    #[cgroup_sock_addr(connect6)]
+    pub fn sock_connect6(ctx: SockAddrContext) -> i32 {
+        socket::to_v6(&ctx, Call::Connect)
+    }
+
+    /// `sendmsg()` of unconnected IPv4 sockets.
+    #[cgroup_sock_addr(sendmsg4)]
+    pub fn sock_sendmsg4(ctx: SockAddrContext) -> i32 {
+        socket::to_v4(&ctx, Call::Send)
+    }
+
+    /// `sendmsg()` of unconnected IPv6 sockets.
+    #[cgroup_sock_addr(sendmsg6)]
+    pub fn sock_sendmsg6(ctx: SockAddrContext) -> i32 {
+        socket::to_v6(&ctx, Call::Send)
+    }
+
+    /// `getpeername()` of IPv4 sockets.
+    #[cgroup_sock_addr(getpeername4)]
+    pub fn sock_getpeername4(ctx: SockAddrContext) -> i32 {
+        socket::from_v4(&ctx)
+    }
+
+    /// `getpeername()` of IPv6 sockets.
+    #[cgroup_sock_addr(getpeername6)]
+    pub fn sock_getpeername6(ctx: SockAddrContext) -> i32 {
+        socket::from_v6(&ctx)
+    }
+
+    /// `recvmsg()` of IPv4 sockets.
+    #[cgroup_sock_addr(recvmsg4)]
+    pub fn sock_recvmsg4(ctx: SockAddrContext) -> i32 {
+        socket::from_v4(&ctx)
+    }
+
+    /// `recvmsg()` of IPv6 sockets.
+    #[cgroup_sock_addr(recvmsg6)]
+    pub fn sock_recvmsg6(ctx: SockAddrContext) -> i32 {
+        socket::from_v6(&ctx)
+    }
+
+    /// `bind()` of IPv4 sockets.
+    #[cgroup_sock_addr(bind4)]
+    pub fn sock_bind4(ctx: SockAddrContext) -> i32 {
+        socket::bind_v4(&ctx)
+    }
+
+    /// `bind()` of IPv6 sockets.
+    #[cgroup_sock_addr(bind6)]
+    pub fn sock_bind6(ctx: SockAddrContext) -> i32 {
+        socket::bind_v6(&ctx)
     }
 }
 

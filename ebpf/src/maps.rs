@@ -3,11 +3,12 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
+    btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 use weir_common::{
     Ipv4, Ipv6,
+    affinity::{Affinity, AffinityKey},
     config::Config,
     endpoint::Endpoint,
     event::Event,
@@ -18,6 +19,7 @@ use weir_common::{
     metrics::{self, Counter, FlowRingState, FragmentKey, FragmentPorts},
     next_hop::NextHop,
     service::{Backend, ELEMENTS_PER_CHUNK, FrontendKey, ServiceState, endpoint_set},
+    socket::SocketFrontends,
 };
 
 use crate::switches;
@@ -54,6 +56,10 @@ pub static ENDPOINTS: Array<Endpoint, { limits::ENDPOINTS_MAX as usize }> = Arra
 pub static ENDPOINT_FLOWS: Array<u32, { limits::ENDPOINTS_MAX as usize }> = Array::new();
 #[btf_map]
 pub static ENDPOINT_BY_IFINDEX: HashMap<u32, u32, { limits::ENDPOINTS_MAX as usize }> =
+    HashMap::new();
+/// Cookie of a pod's network namespace → endpoint number: all that a socket tells of its pod.
+#[btf_map]
+pub static ENDPOINT_BY_COOKIE: HashMap<u64, u32, { limits::ENDPOINTS_MAX as usize }> =
     HashMap::new();
 #[btf_map]
 pub static LOCAL_ADDRESSES_V4: LocalAddresses = Array::new();
@@ -96,6 +102,22 @@ pub static SERVICE_STATE: Array<
 pub static SLOTS: ArrayOfMaps<SlotChunk, { limits::SLOT_CHUNKS_MAX as usize }> = ArrayOfMaps::new();
 #[btf_map]
 pub static BACKENDS: Array<Backend, { limits::BACKENDS_DEFAULT as usize }, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::AFFINITY_DEFAULT as usize }> =
+    LruHashMap::new();
+/// `timeoutSeconds` by number of the Service port.
+#[btf_map]
+pub static AFFINITY_TIMEOUTS: Array<u32, { limits::SERVICE_PORTS_DEFAULT as usize }, MMAPABLE> =
+    Array::new();
+
+/// When the next refusal may be sent (nanoseconds of `CLOCK_MONOTONIC`), of those in sight.
+#[btf_map]
+pub static REFUSALS: Array<u64, 1> = Array::new();
+
+/// What sockets remember of their translation.
+#[btf_map]
+pub static SOCKET_FRONTENDS: SkStorage<SocketFrontends> = SkStorage::new();
 
 #[btf_map]
 pub static METRICS: PerCpuArray<Counter, { metrics::ROWS as usize }> = PerCpuArray::new();

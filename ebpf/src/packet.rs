@@ -256,6 +256,8 @@ pub mod icmp_type {
     pub const TIME_EXCEEDED: u8 = 11;
     /// Parameter problem.
     pub const PARAMETER_PROBLEM: u8 = 12;
+    /// ICMPv6: destination unreachable.
+    pub const V6_UNREACHABLE: u8 = 1;
     /// ICMPv6: packet too big.
     pub const V6_TOO_BIG: u8 = 2;
     /// ICMPv6: time exceeded.

@@ -9,7 +9,7 @@ use weir_common::{
     metrics::{self, Hook, outcome},
 };
 
-use crate::{event, maps};
+use crate::{access, event, maps};
 
 /// What becomes of a packet, as one word: functions that are not inlined return scalars only.
 #[derive(Clone, Copy)]
@@ -24,6 +24,19 @@ impl Verdict {
     ///
     /// 'Pass' is `TCX_NEXT` (the same number as `TC_ACT_UNSPEC`): programs of others still run.
     pub const STACK: Self = Self::forwarded(outcome::STACK, TC_ACT_UNSPEC);
+
+    /// To the host's stack by way of the node's own device; `action` is the helper's return value.
+    #[inline(always)]
+    pub const fn to_stack_by(action: i32) -> Self {
+        Self::forwarded(outcome::STACK, action)
+    }
+
+    /// Dropped, reported already, and refused: the packet was turned into its answer and redirected
+    /// back. The drop is counted under its reason.
+    #[inline(always)]
+    pub const fn refused(reason: DropReason, action: i32) -> Self {
+        Self::forwarded(reason as u8, action)
+    }
 
     /// Redirected to a pod of this node; `action` is the helper's return value.
     #[inline(always)]
@@ -73,7 +86,13 @@ impl Verdict {
 /// Counts the outcome, reports a drop, and gives the action.
 #[inline(always)]
 pub fn conclude(ctx: &TcContext, hook: Hook, result: Result<Verdict, DropReason>) -> i32 {
-    let word = Verdict::of(result).word();
+    // Through the wall of an `asm!` on each side: else the compiler keeps the verdict of the paths
+    // that have none on the stack, undefined, which the verifier refuses to store.
+    let word = match result {
+        Ok(verdict) => access::forget_bounds(verdict.word()),
+        Err(reason) => access::forget_bounds(reason as u32),
+    };
+    // (A refusal counts under its reason, and was reported before the packet became the answer.)
     let (outcome, action) = if word & FORWARDED != 0 {
         ((word >> 8) as u8, i32::from(word as u8 as i8))
     } else {

@@ -80,8 +80,8 @@ impl Agent {
 
     fn attachment(&self, attachment: &Attachment) -> v1::Attachment {
         let direction = match attachment.hook {
-            Hook::FromPod | Hook::FromNetdev => "ingress",
-            Hook::ToPod | Hook::ToNetdev => "egress",
+            Hook::FromPod | Hook::FromNetdev | Hook::FromHost => "ingress",
+            Hook::ToPod | Hook::ToNetdev | Hook::Socket => "egress",
         };
         let mode: AttachMode = attachment.mode;
         v1::Attachment {

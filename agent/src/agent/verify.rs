@@ -54,7 +54,7 @@ fn table(programs: &[(Switches, VerifiedProgram)]) -> String {
     let mut rows = vec![HEADINGS.map(str::to_owned)];
     rows.extend(programs.iter().map(|(switches, program)| {
         [
-            program.hook.name().to_owned(),
+            program.name.to_owned(),
             switches.name().to_owned(),
             number(program.verified_instructions),
             number(program.translated),
@@ -86,7 +86,7 @@ fn json(programs: &[(Switches, VerifiedProgram)]) -> String {
         .iter()
         .map(|(switches, program)| {
             json!({
-                "program": program.hook.name(),
+                "program": program.name,
                 "switches": switches.name(),
                 "verified_instructions": program.verified_instructions,
                 "translated_bytes": program.translated,
@@ -103,13 +103,11 @@ fn json(programs: &[(Switches, VerifiedProgram)]) -> String {
 mod tests {
     use std::time::Duration;
 
-    use weir_common::metrics::Hook;
-
     use super::*;
 
     fn program() -> (Switches, VerifiedProgram) {
         let program = VerifiedProgram {
-            hook: Hook::FromPod,
+            name: "from_pod",
             verified_instructions: Some(12_345),
             translated: None,
             jited: 0,

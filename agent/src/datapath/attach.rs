@@ -20,7 +20,7 @@ use aya::{
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
     },
 };
-use weir_common::metrics::{HOOKS, Hook};
+use weir_common::metrics::{DEVICE_HOOKS, Hook};
 
 use super::{DatapathError, sys};
 
@@ -172,7 +172,7 @@ impl Attacher {
 
     /// Detaches every program from a device, also from one that is gone.
     pub fn detach(&self, ifindex: u32) -> Result<(), DatapathError> {
-        for hook in HOOKS {
+        for hook in DEVICE_HOOKS {
             let path = self.path(hook, ifindex);
             if path.exists() {
                 self.detach_one(hook, ifindex)
@@ -210,7 +210,9 @@ impl Attacher {
                 let name = entry.file_name();
                 let (program, ifindex) = name.to_str()?.rsplit_once('-')?;
                 Some(Attachment {
-                    hook: HOOKS.into_iter().find(|hook| hook.name() == program)?,
+                    hook: DEVICE_HOOKS
+                        .into_iter()
+                        .find(|hook| hook.name() == program)?,
                     ifindex: ifindex.parse().ok()?,
                     mode: mode_of(&entry.path()),
                 })
@@ -276,12 +278,13 @@ fn device_name(ifindex: u32) -> Option<String> {
 
 fn attach_type(hook: Hook) -> TcAttachType {
     match hook {
-        Hook::FromPod | Hook::FromNetdev => TcAttachType::Ingress,
-        Hook::ToPod | Hook::ToNetdev => TcAttachType::Egress,
+        Hook::FromPod | Hook::FromNetdev | Hook::FromHost => TcAttachType::Ingress,
+        // Programs of sockets have no device.
+        Hook::ToPod | Hook::ToNetdev | Hook::Socket => TcAttachType::Egress,
     }
 }
 
-fn program_error(error: ProgramError) -> io::Error {
+pub(super) fn program_error(error: ProgramError) -> io::Error {
     match error {
         ProgramError::SyscallError(error) => error.io_error,
         other => io::Error::other(unfolded(&other)),
@@ -289,7 +292,7 @@ fn program_error(error: ProgramError) -> io::Error {
 }
 
 /// Names the file, the kernel's answer and the remedy.
-fn pin_error(path: &Path, error: &PinError) -> io::Error {
+pub(super) fn pin_error(path: &Path, error: &PinError) -> io::Error {
     let cause = unfolded(error);
     let errno = match error {
         PinError::SyscallError(error) => error.io_error.raw_os_error(),
@@ -312,7 +315,7 @@ fn pin_error(path: &Path, error: &PinError) -> io::Error {
 }
 
 /// An error with what lies behind it; aya tells only the name of the call on top.
-fn unfolded(error: &dyn Error) -> String {
+pub(super) fn unfolded(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

@@ -72,6 +72,19 @@ pub enum DatapathError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// A program of sockets cannot be attached.
+    #[error(
+        "cannot attach {program} to the cgroup {cgroup}: {source}; give the setting cgroup-root a \
+         folder of a cgroup2 file system"
+    )]
+    AttachCgroup {
+        /// The program.
+        program: &'static str,
+        /// Folder of the cgroup.
+        cgroup: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
 }
 
 impl DatapathError {

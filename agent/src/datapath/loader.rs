@@ -9,12 +9,12 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Map, MapData, MapError},
-    programs::{ProgramError, SchedClassifier},
+    programs::{Program, ProgramError, SchedClassifier},
 };
 use nix::sys::statfs::{FsType, statfs};
-use weir_common::metrics::{HOOKS, Hook};
+use weir_common::metrics::{DEVICE_HOOKS, Hook};
 
-use super::{DatapathError, DatapathOptions, layout, object, probe, sys::RawMap};
+use super::{DatapathError, DatapathOptions, layout, object, probe, sockets, sys::RawMap};
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
@@ -145,7 +145,7 @@ impl Globals {
 /// Loads every program that is attached, each on a thread of its own: the verifier takes most of the
 /// time that the agent needs to start.
 fn load_programs(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
-    let names = HOOKS.map(Hook::name);
+    let names: Vec<&'static str> = program_names().collect();
     if let Some(missing) = names.iter().find(|name| ebpf.program(name).is_none()) {
         return Err(DatapathError::Object(format!("has no program {missing}")));
     }
@@ -154,12 +154,7 @@ fn load_programs(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
             .programs_mut()
             .filter_map(|(name, program)| {
                 let name = *names.iter().find(|known| **known == name)?;
-                Some(scope.spawn(move || {
-                    let program: &mut SchedClassifier = program.try_into().map_err(|error| {
-                        DatapathError::Object(format!("program {name}: {error}"))
-                    })?;
-                    program.load().map_err(|error| refused(name, error))
-                }))
+                Some(scope.spawn(move || load_one(name, program)))
             })
             .collect();
         let panicked = || Err(DatapathError::Object("loading a program panicked".into()));
@@ -171,11 +166,34 @@ fn load_programs(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
     results.into_iter().collect()
 }
 
+/// Every program that is attached.
+pub(super) fn program_names() -> impl Iterator<Item = &'static str> {
+    DEVICE_HOOKS
+        .map(Hook::name)
+        .into_iter()
+        .chain(sockets::PROGRAMS)
+}
+
 /// Loads a program of the object.
 pub(super) fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
-    program(ebpf, name)?
-        .load()
-        .map_err(|error| refused(name, error))
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| DatapathError::Object(format!("has no program {name}")))?;
+    load_one(name, program)
+}
+
+fn load_one(name: &'static str, program: &mut Program) -> Result<(), DatapathError> {
+    match program {
+        Program::SchedClassifier(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        other => {
+            return Err(DatapathError::Object(format!(
+                "program {name} is of type {:?}",
+                other.prog_type()
+            )));
+        }
+    }
+    .map_err(|error| refused(name, error))
 }
 
 /// A program of the object.

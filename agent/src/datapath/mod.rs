@@ -21,11 +21,17 @@ pub mod object;
 #[cfg(feature = "log-packets")]
 mod packet_log;
 mod probe;
+pub mod sockets;
 pub mod sys;
 pub mod tables;
 pub mod verify;
 
-use std::{collections::BTreeSet, io, os::fd::AsFd as _, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    io,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
 
 use aya::{Ebpf, maps::RingBuf, programs::SchedClassifier};
 use ipnet::IpNet;
@@ -275,7 +281,7 @@ impl Datapath {
         self.is_attached([Hook::FromNetdev, Hook::ToNetdev], ifindex)
     }
 
-    fn is_attached(&self, hooks: [Hook; 2], ifindex: u32) -> bool {
+    fn is_attached<const N: usize>(&self, hooks: [Hook; N], ifindex: u32) -> bool {
         hooks
             .into_iter()
             .all(|hook| self.attacher.is_attached(hook, ifindex))
@@ -287,6 +293,48 @@ impl Datapath {
         }
         let program = loader::program(&mut self.ebpf, hook.name())?;
         self.attacher.attach(program, hook, ifindex, device)
+    }
+
+    /// Attaches the programs of sockets to a cgroup, or replaces what is attached there.
+    ///
+    /// # Errors
+    ///
+    /// The folder is no cgroup of version 2, or the kernel's.
+    pub fn attach_sockets(&mut self, cgroup: &Path) -> Result<(), DatapathError> {
+        self.layout.commit()?;
+        sockets::attach(&mut self.ebpf, &self.attacher.folder, cgroup)
+    }
+
+    /// Detaches the programs of sockets; none attached is no error.
+    ///
+    /// # Errors
+    ///
+    /// A pin cannot be removed.
+    pub fn detach_sockets(&self) -> Result<(), DatapathError> {
+        sockets::detach(&self.attacher.folder)
+    }
+
+    /// Whether the programs of sockets are attached.
+    #[must_use]
+    pub fn are_sockets_attached(&self) -> bool {
+        sockets::are_attached(&self.attacher.folder)
+    }
+
+    /// Attaches `from_host` to our end of the node's own device, or to the loopback device, or
+    /// replaces what is there.
+    ///
+    /// # Errors
+    ///
+    /// The device is gone or not the one meant, or the kernel's.
+    pub fn attach_host(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
+        let _held = self.expedite.hold();
+        self.attach(Hook::FromHost, ifindex, device)
+    }
+
+    /// Whether `from_host` is attached to a device.
+    #[must_use]
+    pub fn is_host_attached(&self, ifindex: u32) -> bool {
+        self.is_attached([Hook::FromHost], ifindex)
     }
 
     /// Detaches every program from a device; one that is gone, or has none, is no error.

@@ -2,18 +2,18 @@
 
 use aya_obj::Object;
 use weir_common::{
-    metrics::{HOOKS, Hook},
+    metrics::{DEVICE_HOOKS, Hook},
     service::endpoint_set,
 };
 
-use super::{DatapathError, DatapathOptions};
+use super::{DatapathError, DatapathOptions, sockets};
 
 /// The object that the build script has compiled.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-ebpf"));
 
 /// Not pinned: scratch space of the programs, which holds nothing beyond a packet, and the log that
 /// only developers have.
-const UNPINNED: [&str; 3] = ["SCRATCH", "PACKET", "AYA_LOGS"];
+const UNPINNED: [&str; 4] = ["SCRATCH", "PACKET", "REFUSALS", "AYA_LOGS"];
 
 /// What a map is, as the object defines it with the sizes of the options.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -47,6 +47,7 @@ pub fn sizes(options: &DatapathOptions) -> Vec<(&'static str, u32)> {
         ),
         ("FRONTENDS_V4", frontends),
         ("FRONTENDS_V6", frontends),
+        ("AFFINITY_TIMEOUTS", options.services_max),
         ("BACKENDS", options.backends_max),
     ]
 }
@@ -59,7 +60,11 @@ pub fn sizes(options: &DatapathOptions) -> Vec<(&'static str, u32)> {
 pub fn shapes(object: &[u8], options: &DatapathOptions) -> Result<Vec<MapShape>, DatapathError> {
     let object = Object::parse(object)
         .map_err(|error| DatapathError::Object(format!("cannot be parsed: {error}")))?;
-    for program in HOOKS.map(Hook::name) {
+    for program in DEVICE_HOOKS
+        .map(Hook::name)
+        .into_iter()
+        .chain(sockets::PROGRAMS)
+    {
         if !object.programs.contains_key(program) {
             return Err(DatapathError::Object(format!("has no program {program}")));
         }

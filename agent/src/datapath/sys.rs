@@ -13,7 +13,7 @@ use std::{
 };
 
 use aya::maps::{MapData, MapInfo};
-use aya_obj::generated::{bpf_attr, bpf_cmd};
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type};
 
 /// One call of bpf(2).
 ///
@@ -318,15 +318,59 @@ pub fn create_map(
 ///
 /// The file is no link, or the kernel's.
 pub fn detach_link(path: &Path) -> io::Result<()> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let mut attr = zeroed_attr();
-    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
-    // SAFETY: `pathname` ends with a zero byte and lives until the call returns.
-    let link = unsafe { bpf(bpf_cmd::BPF_OBJ_GET, &mut attr) }.map(owned)?;
+    let link = open_pin(path)?;
     let mut attr = zeroed_attr();
     attr.link_detach.link_fd = raw(link.as_fd());
     // SAFETY: the command reads no pointer of `attr`.
     unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr) }.map(drop)
+}
+
+/// Opens a pinned object.
+fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed_attr();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    // SAFETY: `pathname` ends with a zero byte and lives until the call returns.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_GET, &mut attr) }.map(owned)
+}
+
+/// Puts a program in the place of the one in a pinned link of a cgroup (kernel 5.7).
+///
+/// # Errors
+///
+/// The file is no such link, its cgroup is gone, or the kernel's.
+pub fn update_link(path: &Path, program: BorrowedFd<'_>) -> io::Result<()> {
+    let link = open_pin(path)?;
+    let mut attr = zeroed_attr();
+    attr.link_update.link_fd = raw(link.as_fd());
+    attr.link_update.__bindgen_anon_1.new_prog_fd = raw(program);
+    // SAFETY: the command reads no pointer of `attr`.
+    unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// The identifier of the cgroup that a pinned link is attached to; 0 if that is gone.
+///
+/// # Errors
+///
+/// The file is no link of a cgroup, or the kernel's.
+pub fn cgroup_of_link(path: &Path) -> io::Result<u64> {
+    let link = open_pin(path)?;
+    // SAFETY: a structure of plain integers; zero is valid for each.
+    let mut info: bpf_link_info = unsafe { mem::zeroed() };
+    let mut attr = zeroed_attr();
+    attr.info.bpf_fd = raw(link.as_fd());
+    attr.info.info = &raw mut info as u64;
+    attr.info.info_len = size_of::<bpf_link_info>() as u32;
+    // SAFETY: `info` has the length given and lives until the call returns.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    if info.type_ != bpf_link_type::BPF_LINK_TYPE_CGROUP as u32 {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "it is no link of a cgroup",
+        ));
+    }
+    // SAFETY: the member that belongs to the type.
+    Ok(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id })
 }
 
 /// The bytes of a map key or value.

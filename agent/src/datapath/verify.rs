@@ -5,7 +5,6 @@
 use std::time::{Duration, Instant};
 
 use aya::EbpfLoader;
-use weir_common::metrics::{HOOKS, Hook};
 
 use super::{
     DatapathError, DatapathOptions,
@@ -40,8 +39,8 @@ impl Switches {
 /// What a program costs.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct VerifiedProgram {
-    /// The program's hook.
-    pub hook: Hook,
+    /// Its name.
+    pub name: &'static str,
     /// Instructions that the verifier has followed over all paths; the kernel's limit is one
     /// million. `None` before kernel 5.16.
     pub verified_instructions: Option<u32>,
@@ -82,18 +81,19 @@ pub fn verify(switches: Switches) -> Result<Vec<VerifiedProgram>, DatapathError>
     let mut ebpf = loader
         .load(object::OBJECT)
         .map_err(|error| DatapathError::Load(Box::new(error)))?;
-    HOOKS
-        .into_iter()
-        .map(|hook| {
+    loader::program_names()
+        .map(|name| {
             let start = Instant::now();
-            loader::load_program(&mut ebpf, hook.name())?;
+            loader::load_program(&mut ebpf, name)?;
             let time = start.elapsed();
-            let unknown = |error| DatapathError::Object(format!("{}: {error}", hook.name()));
-            let info = loader::program(&mut ebpf, hook.name())?
+            let unknown = |error| DatapathError::Object(format!("{name}: {error}"));
+            let info = ebpf
+                .program(name)
+                .ok_or_else(|| DatapathError::Object(format!("has no program {name}")))?
                 .info()
                 .map_err(unknown)?;
             Ok(VerifiedProgram {
-                hook,
+                name,
                 verified_instructions: info.verified_instruction_count(),
                 translated: info.size_translated(),
                 jited: info.size_jitted(),

@@ -13,7 +13,7 @@ use crate::{
 /// Bytes of a packet that an error quotes at most.
 const QUOTE_MAX: usize = 128;
 
-fn error(bed: &Bed, about: &Packet, kind: u8, code: u8, rest: u32) -> Packet {
+pub fn error(bed: &Bed, about: &Packet, kind: u8, code: u8, rest: u32) -> Packet {
     let mut quote = about.datagram();
     quote.truncate((quote.len() & !3).min(QUOTE_MAX));
     let l4 = L4::Icmp(Icmp {

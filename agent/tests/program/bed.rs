@@ -58,6 +58,8 @@ pub enum Verdict {
     Remote,
     Answered,
     Dropped(DropReason),
+    /// Dropped, and the sender was told so.
+    Refused(DropReason),
 }
 
 /// Lookups of a packet, by table.
@@ -138,17 +140,7 @@ impl Bed {
         options.count_lookups = true;
         change(&mut options);
         let mut datapath = Datapath::open(&options).unwrap();
-        datapath
-            .config_mut()
-            .apply(&NodeConfig {
-                pod_ranges: ["10.1.0.0/24", "fd01::/64"]
-                    .map(|r| r.parse().unwrap())
-                    .into(),
-                node_v4: Some(Ipv4Addr::new(192, 168, 7, 1)),
-                node_v6: Some("fd77::1".parse().unwrap()),
-                ..NodeConfig::default()
-            })
-            .unwrap();
+        datapath.config_mut().apply(&node_config()).unwrap();
         let mut bed = Self {
             datapath,
             family,
@@ -199,6 +191,11 @@ impl Bed {
                 netns_cookie: u64::from(address),
             })
             .unwrap();
+    }
+
+    /// The configuration that the bed starts with.
+    pub fn node_config(&self) -> NodeConfig {
+        node_config()
     }
 
     fn pick(&self, v4: [u8; 4], v6: &str) -> IpAddr {
@@ -363,7 +360,7 @@ impl Bed {
             if risen == 0 || outcome == outcome::EVENT_LOST {
                 continue;
             }
-            if (outcome::FLOW_CREATED..=outcome::FLOW_STALE).contains(&outcome) {
+            if (outcome::FLOW_CREATED..=outcome::REFUSAL_LIMITED).contains(&outcome) {
                 *flow_counters.entry(outcome).or_default() += risen;
                 continue;
             }
@@ -381,7 +378,12 @@ impl Bed {
             1,
             "every packet is counted once: {verdicts:?}"
         );
-        let verdict = verdicts[0];
+        let verdict = match verdicts[0] {
+            Verdict::Dropped(reason) if flow_counters.contains_key(&outcome::REFUSED) => {
+                Verdict::Refused(reason)
+            }
+            other => other,
+        };
         let action = match verdict {
             Verdict::Stack => TC_ACT_UNSPEC,
             Verdict::Dropped(_) => TC_ACT_SHOT,
@@ -542,6 +544,17 @@ where
             (shared_key, shared_entry)
         })
         .collect()
+}
+
+fn node_config() -> NodeConfig {
+    NodeConfig {
+        pod_ranges: ["10.1.0.0/24", "fd01::/64"]
+            .map(|r| r.parse().unwrap())
+            .into(),
+        node_v4: Some(Ipv4Addr::new(192, 168, 7, 1)),
+        node_v6: Some("fd77::1".parse().unwrap()),
+        ..NodeConfig::default()
+    }
 }
 
 /// A device, nothing else.

@@ -28,7 +28,7 @@ fn no_program_costs_the_verifier_more_than_its_budget() {
     let mut over = Vec::new();
     for switches in Switches::ALL {
         for program in verify(switches).unwrap() {
-            let name = program.hook.name();
+            let name = program.name;
             let Some(verified) = program.verified_instructions else {
                 eprintln!("this kernel does not tell (before 5.16)");
                 return;

@@ -6,6 +6,7 @@ use weir_common::{DropReason, metrics::outcome};
 use crate::{
     bed::{Bed, CLIENT, Case, OTHER, SERVER, Verdict, delivered_macs, for_both_families},
     packet::{ACK, FIN, L4, Packet, RST, SYN, tcp, udp},
+    refusals::refusal,
 };
 
 fn request(bed: &Bed, l4: L4) -> Packet {
@@ -33,12 +34,17 @@ fn reaches(bed: &mut Bed, name: &str, l4: L4, number: u32) {
 
 fn refused(bed: &mut Bed, name: &str, l4: L4, reason: DropReason) {
     let packet = request(bed, l4);
-    bed.check(Case::from_pod(
-        name,
-        CLIENT,
-        &packet,
-        Verdict::Dropped(reason),
-    ));
+    if reason != DropReason::NoBackend {
+        let dropped = Verdict::Dropped(reason);
+        bed.check(Case::from_pod(name, CLIENT, &packet, dropped));
+        return;
+    }
+    let answer = refusal(bed, &packet);
+    bed.check(
+        Case::from_pod(name, CLIENT, &packet, Verdict::Refused(reason))
+            .out(&answer)
+            .sum_may_change(),
+    );
 }
 
 const NEW: fn() -> L4 = || tcp(40000, 80, SYN);

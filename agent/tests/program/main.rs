@@ -16,6 +16,7 @@ mod logged;
 mod malformed;
 mod packet;
 mod reference;
+mod refusals;
 mod run;
 mod services;
 mod sources;

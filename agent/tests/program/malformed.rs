@@ -318,6 +318,9 @@ fn is_answer(bed: &Bed, before: &[u8], after: &[u8]) -> bool {
     let Some(now) = reference::read(after) else {
         return false;
     };
+    if now.protocol == 6 {
+        return is_reset(before, after, &now);
+    }
     if !matches!(now.protocol, 1 | 58) || now.later {
         return false;
     }
@@ -330,6 +333,20 @@ fn is_answer(bed: &Bed, before: &[u8], after: &[u8]) -> bool {
         && matches!(after[now.l4], 1 | 2 | 3 | 11)
         && before[14..].starts_with(quote)
         && same_sum(l4_sum(after, &now), 0xffff)
+}
+
+/// A TCP reset to the sender, with a right checksum.
+fn is_reset(before: &[u8], after: &[u8], now: &Reading) -> bool {
+    reference::read(before).is_some_and(|about| {
+        (now.source, now.destination) == (about.destination, about.source)
+            && now.ports
+                == about
+                    .ports
+                    .map(|(source, destination)| (destination, source))
+            && now.end - now.l4 == 20
+            && after[now.l4 + 13] & 0x04 != 0
+            && same_sum(l4_sum(after, now), 0xffff)
+    })
 }
 
 #[test]

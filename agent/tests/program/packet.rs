@@ -66,6 +66,9 @@ pub enum L4 {
 pub struct Tcp {
     pub source: u16,
     pub destination: u16,
+    pub sequence: u32,
+    pub acknowledgement: u32,
+    pub window: u16,
     pub flags: u8,
     pub options: Vec<u8>,
     pub payload: Vec<u8>,
@@ -107,6 +110,9 @@ pub fn tcp(source: u16, destination: u16, flags: u8) -> L4 {
     L4::Tcp(Tcp {
         source,
         destination,
+        sequence: 1,
+        acknowledgement: 2,
+        window: 0x2000,
         flags,
         options: Vec::new(),
         payload,
@@ -291,8 +297,10 @@ impl Packet {
         match &self.l4 {
             L4::Tcp(h) => {
                 let mut bytes = [h.source.to_be_bytes(), h.destination.to_be_bytes()].concat();
-                bytes.extend([0, 0, 0, 1, 0, 0, 0, 2]);
-                bytes.extend([((20 + h.options.len()) * 4) as u8, h.flags, 0x20, 0]);
+                bytes.extend(h.sequence.to_be_bytes());
+                bytes.extend(h.acknowledgement.to_be_bytes());
+                bytes.extend([((20 + h.options.len()) * 4) as u8, h.flags]);
+                bytes.extend(h.window.to_be_bytes());
                 bytes.extend([0; 4]);
                 bytes.extend(&h.options);
                 bytes.extend(&h.payload);

@@ -239,12 +239,13 @@ fn ports_and_protocols_that_no_service_has() {
         bed.service(1, Protocol::Tcp, 80, &[(bed.remote_pod(9), 8080)]);
         bed.service(2, Protocol::Tcp, 80, &[]);
         bed.service(3, Protocol::Sctp, 80, &[(bed.remote_pod(9), 8080)]);
-        let no_port = Verdict::Dropped(DropReason::NoServicePort);
+        let no_port = Verdict::Refused(DropReason::NoServicePort);
+        let unanswered = Verdict::Dropped(DropReason::NoServicePort);
         let vip = |number| bed.cluster_ip(number);
         let rows = [
             ("unknown port", vip(1), tcp(1, 81, SYN), no_port),
             ("another protocol", vip(1), udp(1, 80), no_port),
-            ("ping", vip(1), echo(bed.is_v4(), 1), no_port),
+            ("ping", vip(1), echo(bed.is_v4(), 1), unanswered),
             (
                 "no port at all",
                 vip(1),
@@ -252,13 +253,13 @@ fn ports_and_protocols_that_no_service_has() {
                     protocol: 47,
                     bytes: vec![0; 8],
                 },
-                no_port,
+                unanswered,
             ),
             (
                 "no endpoints",
                 vip(2),
                 tcp(1, 80, SYN),
-                Verdict::Dropped(DropReason::NoBackend),
+                Verdict::Refused(DropReason::NoBackend),
             ),
             (
                 "SCTP with another port",
@@ -269,7 +270,7 @@ fn ports_and_protocols_that_no_service_has() {
         ];
         for (name, address, l4, verdict) in rows {
             let packet = bed.leaving(CLIENT, address, l4);
-            bed.check(Case::from_pod(name, CLIENT, &packet, verdict));
+            assert_eq!(bed.pod_sends(CLIENT, &packet).verdict, verdict, "{name}");
         }
         assert_eq!(bed.flows().len(), 0);
         // The Service goes, and its address with it.

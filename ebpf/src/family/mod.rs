@@ -32,6 +32,12 @@ pub trait Family: Sized {
 
     /// 4 or 6.
     const NUMBER: u8;
+    /// Bytes of its header without options.
+    const HEADER: u32;
+    /// Offset of the source address in its header; the destination follows.
+    const SOURCE: u32;
+    /// Protocol number of its ICMP.
+    const ICMP: u8;
     /// Row of `FLOW_RING_STATE`.
     const RING_STATE: u32;
 
@@ -50,6 +56,8 @@ pub trait Family: Sized {
 
     /// Address of an endpoint; zero if it has none of this family.
     fn endpoint_address(endpoint: &Endpoint) -> Self::Address;
+    /// Address from which this node sends ICMP errors: its own, else that of the pods' gateway.
+    fn node(config: &Config) -> Self::Address;
     /// Source address of hairpin traffic.
     fn loopback(config: &Config) -> Self::Address;
     /// Where an address stands in the pod ranges of this node.
@@ -57,6 +65,8 @@ pub trait Family: Sized {
     /// Addresses that no packet from a device may have as its source: loopback, multicast,
     /// broadcast. (The unspecified address is one that hosts use before they have another.)
     fn is_impossible_source(address: Self::Address) -> bool;
+    /// An address of the loopback device.
+    fn is_loopback(address: Self::Address) -> bool;
     /// Multicast or broadcast.
     fn is_multicast(address: Self::Address) -> bool;
     /// Unspecified, or valid on one link only.
@@ -67,6 +77,15 @@ pub trait Family: Sized {
         ctx: &TcContext,
         scope: u8,
         packet: &mut Packet<Self::Address>,
+    ) -> Result<(), DropReason>;
+
+    /// Writes a new header without options, for `length` bytes of `protocol`.
+    fn write_header(
+        ctx: &TcContext,
+        source: &Self::Address,
+        destination: &Self::Address,
+        protocol: u8,
+        length: u32,
     ) -> Result<(), DropReason>;
 
     /// Writes new addresses into the network header, with the checksum where it has one.
@@ -87,6 +106,8 @@ pub trait Family: Sized {
     fn decide(sender: u32, ports_known: u32) -> u32;
     /// [`crate::flow::reply_tuple_is_taken`] as a global function.
     fn reply_tuple_is_taken() -> u32;
+    /// [`crate::refuse::refuse`] as a global function.
+    fn refuse(ctx: &TcContext, hook: u32, reason: u32) -> u32;
     /// [`crate::flow::enter`] as a global function.
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32;
 }

@@ -8,12 +8,13 @@ use weir_common::{
     hash,
     ipcache::IpcacheEntry,
     lookup::Lookup,
+    protocol,
 };
 
 use super::{Family, InPodRange};
 use crate::{
     access::{self, ETHERNET},
-    global,
+    answer, global,
     maps::{self, FlowRing, Flows, Fragments, Frontends, LocalAddresses},
     packet::{Packet, fragment},
 };
@@ -64,6 +65,9 @@ impl Family for V4 {
     type Address = Ipv4;
 
     const NUMBER: u8 = 4;
+    const HEADER: u32 = 20;
+    const SOURCE: u32 = 12;
+    const ICMP: u8 = protocol::ICMP;
     const RING_STATE: u32 = 0;
 
     #[inline(always)]
@@ -97,6 +101,14 @@ impl Family for V4 {
         endpoint.ipv4
     }
     #[inline(always)]
+    fn node(config: &Config) -> Ipv4 {
+        if config.node_v4.word() == 0 {
+            config.gateway_v4
+        } else {
+            config.node_v4
+        }
+    }
+    #[inline(always)]
     fn loopback(config: &Config) -> Ipv4 {
         config.loopback_v4
     }
@@ -118,6 +130,10 @@ impl Family for V4 {
     #[inline(always)]
     fn is_impossible_source(address: Ipv4) -> bool {
         address.0[0] == 127 || address.0[0] >= 224
+    }
+    #[inline(always)]
+    fn is_loopback(address: Ipv4) -> bool {
+        address.0[0] == 127
     }
     #[inline(always)]
     fn is_multicast(address: Ipv4) -> bool {
@@ -167,6 +183,30 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn write_header(
+        ctx: &TcContext,
+        source: &Ipv4,
+        destination: &Ipv4,
+        protocol: u8,
+        length: u32,
+    ) -> Result<(), DropReason> {
+        let total = Self::HEADER + length;
+        let mut header = [0u32; 5];
+        header[0] = u32::from_ne_bytes([0x45, 0xc0, (total >> 8) as u8, total as u8]);
+        header[2] = u32::from_ne_bytes([answer::TTL, protocol, 0, 0]);
+        header[3] = source.word();
+        header[4] = destination.word();
+        let sum: u64 = header.iter().map(|w| u64::from(*w)).sum();
+        header[2] |= u32::from(!checksum::fold16(sum)) << 16;
+        // SAFETY: plain bytes.
+        let place =
+            unsafe { access::at::<[u32; 5]>(ctx, ETHERNET) }.ok_or(DropReason::Malformed)?;
+        // SAFETY: checked by `at`.
+        unsafe { *place = header };
+        Ok(())
+    }
+
+    #[inline(always)]
     fn write_addresses(
         ctx: &TcContext,
         source: Ipv4,
@@ -197,6 +237,10 @@ impl Family for V4 {
     #[inline(always)]
     fn reply_tuple_is_taken() -> u32 {
         global::reply_tuple_is_taken_v4()
+    }
+    #[inline(always)]
+    fn refuse(ctx: &TcContext, hook: u32, reason: u32) -> u32 {
+        global::refuse_v4(ctx.skb.skb, hook, reason)
     }
     #[inline(always)]
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {

@@ -14,7 +14,7 @@ use weir_common::{
 use super::{Family, InPodRange};
 use crate::{
     access::{self, ETHERNET, OFFSET_MASK},
-    global,
+    answer, global,
     maps::{self, FlowRing, Flows, Fragments, Frontends, LocalAddresses},
     packet::{Packet, fragment},
 };
@@ -64,6 +64,9 @@ impl Family for V6 {
     type Address = Ipv6;
 
     const NUMBER: u8 = 6;
+    const HEADER: u32 = HEADER;
+    const SOURCE: u32 = 8;
+    const ICMP: u8 = protocol::ICMPV6;
     const RING_STATE: u32 = 1;
 
     #[inline(always)]
@@ -97,6 +100,14 @@ impl Family for V6 {
         endpoint.ipv6
     }
     #[inline(always)]
+    fn node(config: &Config) -> Ipv6 {
+        if config.node_v6.is_zero() {
+            config.gateway_v6
+        } else {
+            config.node_v6
+        }
+    }
+    #[inline(always)]
     fn loopback(config: &Config) -> Ipv6 {
         config.loopback_v6
     }
@@ -122,6 +133,11 @@ impl Family for V6 {
     fn is_impossible_source(address: Ipv6) -> bool {
         let words = address.words();
         address.0[0] == 0xff || (words[0] | words[1] | words[2] == 0 && words[3] == 1u32.to_be())
+    }
+    #[inline(always)]
+    fn is_loopback(address: Ipv6) -> bool {
+        let words = address.words();
+        words[0] | words[1] | words[2] | (words[3] ^ 1u32.to_be()) == 0
     }
     #[inline(always)]
     fn is_multicast(address: Ipv6) -> bool {
@@ -167,6 +183,28 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn write_header(
+        ctx: &TcContext,
+        source: &Ipv6,
+        destination: &Ipv6,
+        protocol: u8,
+        length: u32,
+    ) -> Result<(), DropReason> {
+        // SAFETY: checked by `header`; nobody else holds a reference into the packet.
+        unsafe {
+            *header(ctx)? = Header {
+                version_and_flow: u32::from_ne_bytes([0x60, 0, 0, 0]),
+                payload_length: (length as u16).to_be(),
+                next_header: protocol,
+                hop_limit: answer::TTL,
+                source: *source,
+                destination: *destination,
+            };
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
     fn write_addresses(
         ctx: &TcContext,
         source: Ipv6,
@@ -199,6 +237,10 @@ impl Family for V6 {
     #[inline(always)]
     fn reply_tuple_is_taken() -> u32 {
         global::reply_tuple_is_taken_v6()
+    }
+    #[inline(always)]
+    fn refuse(ctx: &TcContext, hook: u32, reason: u32) -> u32 {
+        global::refuse_v6(ctx.skb.skb, hook, reason)
     }
     #[inline(always)]
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {

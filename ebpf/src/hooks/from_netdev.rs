@@ -40,11 +40,27 @@ fn forward<F: Family>(ctx: &TcContext) -> Result<Verdict, DropReason> {
     let config = local::config()?;
     match local::by_address::<F>(config, packet.key.destination) {
         Some(receiver) => to_local_pod::<F>(ctx, receiver, packet),
-        None => {
-            decide::check_outside_source::<F>(config, packet.key.source)?;
-            Ok(Verdict::STACK)
-        }
+        None => to_node::<F>(ctx, packet),
     }
+}
+
+/// To the node, or through it: replies to what the node itself has sent to a Service are translated
+/// back, the rest is the stack's.
+#[inline(always)]
+fn to_node<F: Family>(
+    ctx: &TcContext,
+    packet: &mut Packet<F::Address>,
+) -> Result<Verdict, DropReason> {
+    let config = local::config()?;
+    let has_flows = local::has_flows(decide::NODE) && fragment::resolve_ports::<F>(packet);
+    if has_flows && let Some(hop) = flow::find::<F>(ctx, Hook::FromNetdev, packet, None)? {
+        return deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, hop);
+    }
+    decide::check_outside_source::<F>(config, packet.key.source)?;
+    if has_flows && icmp::is_error(packet) {
+        icmp::translate_error::<F>(ctx, packet)?;
+    }
+    Ok(Verdict::STACK)
 }
 
 #[inline(always)]

@@ -12,7 +12,7 @@ use crate::{
     local::{self, Local},
     neighbour,
     packet::Packet,
-    scratch,
+    refuse, scratch,
     verdict::Verdict,
 };
 
@@ -85,13 +85,10 @@ fn forward<F: Family>(
         None if has_flows && icmp::is_error(packet) => {
             Hop::find(next_hop_of_error::<F>(ctx, sender, packet)?)?
         }
-        None => Hop::find(decide_and_commit::<F>(
-            ctx,
-            sender,
-            packet,
-            ports_known,
-            has_flows,
-        )?)?,
+        None => match decide_and_commit::<F>(ctx, sender, packet, ports_known, has_flows) {
+            Ok(next_hop) => Hop::find(next_hop)?,
+            Err(reason) => return refuse::or_drop::<F>(ctx, Hook::FromPod, reason),
+        },
     };
     deliver::deliver::<F>(ctx, Hook::FromPod, packet, hop)
 }
@@ -105,7 +102,7 @@ fn decide_and_commit<F: Family>(
     ports_known: bool,
     has_flows: bool,
 ) -> Result<u32, DropReason> {
-    decide::from_pod::<F>(sender.number, ports_known)?;
+    decide::for_sender::<F>(sender.number, ports_known)?;
     // Its replies must not be taken for those of a connection through a Service.
     if has_flows && packet.may_begin_flow() && F::reply_tuple_is_taken() != 0 {
         scratch::decision::<F>()?.decision.stateful = 1;
@@ -128,6 +125,6 @@ fn next_hop_of_error<F: Family>(
     if let Some(next_hop) = icmp::translate_error::<F>(ctx, packet)? {
         return Ok(next_hop);
     }
-    decide::from_pod::<F>(sender.number, true)?;
+    decide::for_sender::<F>(sender.number, true)?;
     Ok(scratch::decision::<F>()?.decision.next_hop)
 }

@@ -56,7 +56,7 @@ fn translate<F: Family>(
     packet: &mut Packet<F::Address>,
 ) -> Result<Option<Verdict>, DropReason> {
     if flow::find::<F>(ctx, Hook::ToPod, packet, None)?.is_some() {
-        return deliver::to_stack::<F>(ctx, packet).map(Some);
+        return deliver::to_stack::<F>(ctx, Hook::ToPod, packet).map(Some);
     }
     if icmp::is_error(packet) && icmp::translate_error::<F>(ctx, packet)?.is_some() {
         return Ok(Some(Verdict::STACK));

@@ -65,6 +65,12 @@ pub struct NodeConfig {
     pub nat_port_count: u16,
     /// Idle times of connections.
     pub timeouts: Timeouts,
+    /// Cookie of the node's own network namespace, 0 if unknown.
+    pub netns_cookie: u64,
+    /// Interface index of the end of the node's own device that the stack uses, 0 if there is none.
+    pub host_ifindex: u32,
+    /// Refusals that may be sent per second, 0 for no limit.
+    pub refusals_per_second: u32,
 }
 
 impl Default for NodeConfig {
@@ -80,6 +86,9 @@ impl Default for NodeConfig {
             nat_port_first: config::NAT_PORT_FIRST,
             nat_port_count: config::NAT_PORT_COUNT,
             timeouts: Timeouts::DEFAULT,
+            netns_cookie: 0,
+            host_ifindex: 0,
+            refusals_per_second: config::REFUSALS_PER_SECOND,
         }
     }
 }
@@ -145,9 +154,9 @@ impl ConfigTable {
             timeouts: config.timeouts,
             node_v4: config.node_v4.map(Into::into).unwrap_or_default(),
             node_v6: config.node_v6.map(Into::into).unwrap_or_default(),
-            netns_cookie: 0,
-            host_ifindex: 0,
-            refusals_per_second: 0,
+            netns_cookie: config.netns_cookie,
+            host_ifindex: config.host_ifindex,
+            refusals_per_second: config.refusals_per_second,
             pod_ranges_v4: place(&v4, &self.row.pod_ranges_v4)?,
             pod_ranges_v6: place(&v6, &self.row.pod_ranges_v6)?,
         };

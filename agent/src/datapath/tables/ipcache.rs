@@ -49,6 +49,7 @@ impl Row {
     fn wanted(&self) -> Option<IpcacheEntry> {
         let service = (self.frontends > 0).then_some(IpcacheEntry {
             class: class::SERVICE,
+            flags: weir_common::ipcache::flag::FRONTENDS | weir_common::ipcache::flag::REFUSE,
             ..IpcacheEntry::default()
         });
         let this_node = self.large_range.then_some(IpcacheEntry {

@@ -1,0 +1,131 @@
+//! The programs of the cgroup: they see system calls on sockets of all processes in it. Attached by
+//! links that are pinned as `BPF-ROOT/links/PROGRAM`, and replaced in place at a restart.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf,
+    programs::{
+        CgroupAttachMode, CgroupSockAddr,
+        cgroup_sock_addr::CgroupSockAddrLink,
+        links::{FdLink, PinnedLink},
+    },
+};
+
+use super::{
+    DatapathError,
+    attach::{pin_error, program_error, unfolded},
+    sys,
+};
+
+/// The programs, in the order in which they are attached: what was translated must be known before
+/// anything is.
+pub const PROGRAMS: [&str; 10] = [
+    "sock_getpeername4",
+    "sock_getpeername6",
+    "sock_recvmsg4",
+    "sock_recvmsg6",
+    "sock_bind4",
+    "sock_bind6",
+    "sock_sendmsg4",
+    "sock_sendmsg6",
+    "sock_connect4",
+    "sock_connect6",
+];
+
+/// A program of the object.
+pub(super) fn program<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut CgroupSockAddr, DatapathError> {
+    ebpf.program_mut(name)
+        .ok_or_else(|| DatapathError::Object(format!("has no program {name}")))?
+        .try_into()
+        .map_err(|error| DatapathError::Object(format!("program {name}: {error}")))
+}
+
+/// Attaches every program to the cgroup, or replaces what an earlier agent attached.
+pub(super) fn attach(ebpf: &mut Ebpf, links: &Path, cgroup: &Path) -> Result<(), DatapathError> {
+    let failed = |program: &'static str| {
+        let cgroup = cgroup.to_path_buf();
+        move |source: io::Error| DatapathError::AttachCgroup {
+            program,
+            cgroup,
+            source,
+        }
+    };
+    for name in PROGRAMS {
+        let folder = File::open(cgroup).map_err(failed(name))?;
+        attach_one(program(ebpf, name)?, &folder, &links.join(name)).map_err(failed(name))?;
+    }
+    Ok(())
+}
+
+fn attach_one(program: &mut CgroupSockAddr, cgroup: &File, pin: &Path) -> io::Result<()> {
+    if pin.exists() {
+        match replace(program, cgroup, pin) {
+            Ok(()) => return Ok(()),
+            // Another cgroup was given, or it was removed, and the link with it.
+            Err(error) => {
+                tracing::debug!(%error, pin = %pin.display(), "pinned link is of no use");
+                detach_one(pin)?;
+            }
+        }
+    }
+    let id = program
+        .attach(cgroup, CgroupAttachMode::Single)
+        .map_err(program_error)?;
+    let link: CgroupSockAddrLink = program.take_link(id).map_err(program_error)?;
+    FdLink::try_from(link)
+        .map_err(|error| io::Error::other(unfolded(&error)))?
+        .pin(pin)
+        .map_err(|error| pin_error(pin, &error))?;
+    Ok(())
+}
+
+/// Puts `program` in the place of the one in a pinned link; a system call sees either.
+fn replace(program: &CgroupSockAddr, cgroup: &File, pin: &Path) -> io::Result<()> {
+    let attached_to = sys::cgroup_of_link(pin)?;
+    // The identifier of a cgroup is the number of its folder.
+    if attached_to != cgroup.metadata()?.ino() {
+        return Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("it is attached to the cgroup with identifier {attached_to}"),
+        ));
+    }
+    let program = program.fd().map_err(program_error)?;
+    sys::update_link(pin, program.as_fd())
+}
+
+/// Whether every program is attached, by the pins.
+pub(super) fn are_attached(links: &Path) -> bool {
+    PROGRAMS.iter().all(|name| {
+        PinnedLink::from_pin(links.join(name)).is_ok()
+            && sys::cgroup_of_link(&links.join(name)).is_ok_and(|cgroup| cgroup != 0)
+    })
+}
+
+/// Detaches every program. Those that are not attached are no error.
+pub(super) fn detach(links: &Path) -> Result<(), DatapathError> {
+    // The other way round: nothing is translated any more before the way back is forgotten.
+    for name in PROGRAMS.into_iter().rev() {
+        let pin: PathBuf = links.join(name);
+        if pin.exists() {
+            detach_one(&pin).map_err(|error| DatapathError::pin(&pin, error))?;
+        }
+    }
+    Ok(())
+}
+
+fn detach_one(pin: &Path) -> io::Result<()> {
+    // It fails when the cgroup is gone, and the attachment with it.
+    if let Err(error) = sys::detach_link(pin) {
+        tracing::debug!(%error, pin = %pin.display(), "link was not attached");
+    }
+    fs::remove_file(pin)
+}
