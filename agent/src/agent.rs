@@ -26,7 +26,7 @@ use crate::{
     },
     datapath::{AppliedService, Datapath, EventReader, NodeConfig},
     endpoint::{EndpointManager, boot_seconds},
-    model::{self, Model, ServicePortKey},
+    model::{self, Model, ModelOptions, ServicePortKey},
     netlink::{Netlink, NetlinkEvent, sysctl::Sysctls},
     node::{NodeManager, NodePlan, NodeSettings},
     settings::{Settings, SourceSetting},
@@ -57,6 +57,8 @@ const BATCHES_AT_ONCE: usize = 64;
 const TICK: Duration = Duration::from_secs(1);
 /// Ticks between two looks at the endpoints.
 const ENDPOINT_TICKS: u32 = 5;
+/// Session affinities looked at in one tick.
+const AFFINITIES_PER_TICK: u32 = 4096;
 /// Entries of the flow table looked at in one tick.
 const FLOWS_PER_TICK: u32 = 16_384;
 
@@ -209,7 +211,11 @@ impl Agent {
             started,
             source,
             source_state: SourceState::default(),
-            model: Model::new(),
+            model: Model::new(ModelOptions {
+                node_name: settings.node_name.clone(),
+                exclude_services: settings.exclude_services.clone(),
+                exclude_cidrs: settings.exclude_cidrs.clone(),
+            }),
             rows: Rows::default(),
             program_ids: start::program_ids(&mut datapath),
             late: start::late(&datapath),
@@ -436,6 +442,11 @@ impl Agent {
             }
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "cannot age the flow table"),
+        }
+        match self.datapath.sweep_affinity(AFFINITIES_PER_TICK) {
+            Ok(removed @ 1..) => tracing::debug!(removed, "session affinities are over"),
+            Ok(0) => {}
+            Err(error) => tracing::warn!(%error, "cannot sweep the session affinities"),
         }
         self.switch_flow_events();
         self.tell_lost_events();

@@ -2,8 +2,10 @@
 //! decoded, so that a large cluster is held in little memory; the model reads nothing else.
 
 mod convert;
+mod selector;
 
 pub use convert::InvalidObject;
+pub use selector::{LabelSelector, SelectorError};
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -183,8 +185,28 @@ pub struct Service {
     pub service_type: ServiceType,
     /// `spec.clusterIPs` (or `clusterIP`) that are addresses. Empty for headless Services.
     pub cluster_ips: Vec<IpAddr>,
+    /// `spec.externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip` whose `ipMode` is VIP or absent.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`.
+    pub external_policy: TrafficPolicy,
+    /// `spec.sessionAffinity: ClientIP`: its `timeoutSeconds`, 1 to 86400.
+    pub affinity: Option<u32>,
     /// `spec.ports`.
     pub ports: Vec<ServicePort>,
+}
+
+/// `spec.internalTrafficPolicy` or `spec.externalTrafficPolicy` of a Service.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum TrafficPolicy {
+    /// Endpoints everywhere.
+    #[default]
+    Cluster,
+    /// Endpoints of the node where the traffic is.
+    Local,
 }
 
 /// `spec.type` of a Service.
@@ -233,7 +255,7 @@ pub struct SliceEndpoint {
     pub address: Option<IpAddr>,
     /// `conditions.ready`; absent means true.
     pub ready: bool,
-    /// `conditions.serving`; absent means as `ready`.
+    /// `conditions.serving`; absent means true.
     pub serving: bool,
     /// `conditions.terminating`; absent means false.
     pub terminating: bool,
@@ -243,6 +265,17 @@ pub struct SliceEndpoint {
     pub zone: String,
     /// `targetRef` as namespace/name, or empty.
     pub target: String,
+    /// `hints`; `None` without any.
+    pub hints: Option<Box<Hints>>,
+}
+
+/// `hints` of an endpoint: who should use it (KEP-2433, KEP-3015).
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Hints {
+    /// `forNodes`: names of nodes.
+    pub nodes: Vec<String>,
+    /// `forZones`: names of zones.
+    pub zones: Vec<String>,
 }
 
 /// One of `ports` of an EndpointSlice.

@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use weir_common::flow::Timeouts;
+
+use crate::objects::{LabelSelector, SelectorError};
 
 mod cgroup;
 pub mod definitions;
@@ -50,6 +53,10 @@ pub struct Settings {
     pub address_rest: Duration,
     /// Idle times of connections.
     pub timeouts: Timeouts,
+    /// Services that are left to somebody else.
+    pub exclude_services: Option<LabelSelector>,
+    /// Addresses of Services that are left to somebody else.
+    pub exclude_cidrs: Vec<IpNet>,
     /// Whether RCU grace periods are shortened while programs are attached.
     pub expedite_rcu: bool,
     /// Filter of the log, as `tracing_subscriber::EnvFilter` reads it.
@@ -301,6 +308,8 @@ impl Values {
                 udp: self.timeout("timeout-udp")?,
                 udp_stream: self.timeout("timeout-udp-stream")?,
             },
+            exclude_services: self.parse("exclude-services", label_selector)?.flatten(),
+            exclude_cidrs: self.parse("exclude-cidrs", cidrs)?.unwrap_or_default(),
             expedite_rcu: self.required("expedite-rcu", "true or false", boolean)?,
             log: self.required("log", "a filter", log_filter)?,
             log_format: self.required("log-format", "text or json", log_format)?,
@@ -571,6 +580,43 @@ fn devices(text: &str) -> Result<Vec<String>, Refusal> {
         }
     }
     Ok(names)
+}
+
+/// An empty text excludes nothing.
+fn label_selector(text: &str) -> Result<Option<LabelSelector>, Refusal> {
+    if text.trim().is_empty() {
+        return Ok(None);
+    }
+    match LabelSelector::parse(text) {
+        Ok(selector) => Ok(Some(selector)),
+        Err(error) => refuse(error.to_string(), SelectorError::REMEDY),
+    }
+}
+
+fn cidrs(text: &str) -> Result<Vec<IpNet>, Refusal> {
+    let words = text.split([',', ' ']).filter(|word| !word.is_empty());
+    let mut cidrs = Vec::new();
+    for word in words {
+        match word.parse::<IpNet>() {
+            Ok(cidr) if cidr.trunc() == cidr => cidrs.push(cidr),
+            Ok(cidr) => {
+                return refuse(
+                    format!("{word:?} has bits beyond its length"),
+                    format!(
+                        "give {}, or an address alone with its full length",
+                        cidr.trunc()
+                    ),
+                );
+            }
+            Err(_) => {
+                return refuse(
+                    format!("{word:?} is not a CIDR"),
+                    "give CIDRs separated by commas: 169.254.20.10/32,fd00:53::/64",
+                );
+            }
+        }
+    }
+    Ok(cidrs)
 }
 
 fn mark_mask(text: &str) -> Result<u32, Refusal> {

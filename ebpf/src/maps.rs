@@ -103,10 +103,11 @@ pub static SLOTS: ArrayOfMaps<SlotChunk, { limits::SLOT_CHUNKS_MAX as usize }> =
 #[btf_map]
 pub static BACKENDS: Array<Backend, { limits::BACKENDS_DEFAULT as usize }, MMAPABLE> = Array::new();
 
+/// The endpoint that a client of a Service port has been given.
 #[btf_map]
 pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::AFFINITY_DEFAULT as usize }> =
     LruHashMap::new();
-/// `timeoutSeconds` by number of the Service port.
+/// How long that counts, in seconds, by number of the Service port.
 #[btf_map]
 pub static AFFINITY_TIMEOUTS: Array<u32, { limits::SERVICE_PORTS_DEFAULT as usize }, MMAPABLE> =
     Array::new();

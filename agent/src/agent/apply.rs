@@ -210,7 +210,8 @@ impl Agent {
             node::HopRef::Host => HopRef::Host,
             node::HopRef::Node(node, family) => HopRef::Node(node, *family),
         };
-        self.datapath.set_ipcache(prefix, target.class, hop)?;
+        self.datapath
+            .set_ipcache(prefix, target.class, target.flags, hop)?;
         Ok(())
     }
 

@@ -159,7 +159,7 @@ mod tests {
     };
 
     fn model_with_service(address: &str) -> Model {
-        let mut model = Model::new();
+        let mut model = Model::default();
         model.apply(Change::Upsert(Object::Service(Service {
             name: ObjectName::new("default", "web"),
             cluster_ips: vec![address.parse().unwrap()],
@@ -207,7 +207,7 @@ mod tests {
 
     #[test]
     fn what_is_no_ip_has_its_ether_type() {
-        let model = Model::new();
+        let model = Model::default();
         let names = Names {
             model: &model,
             pods: &HashMap::new(),

@@ -46,14 +46,14 @@ impl fmt::Display for Row {
             Self::Prefix(prefix) => write!(f, "ipcache entry {prefix}"),
             Self::Service(key) => {
                 let ServicePortKey {
-                    service,
+                    owner,
                     port,
                     protocol,
                     family,
                     ..
                 } = &**key;
                 let (protocol, family) = (protocol.name(), family.name());
-                write!(f, "Service {service} port {port}/{protocol} ({family})")
+                write!(f, "{owner} port {port}/{protocol} ({family})")
             }
             Self::Sweep => f.write_str("removal of leftovers"),
         }

@@ -14,7 +14,7 @@ use super::{Agent, Row};
 use crate::{
     datapath::{AttachMode, Attachment},
     endpoint::EndpointState,
-    model::{BackendState, FrontendKind, ServicePort, ServicePortKey},
+    model::{BackendState, ServicePort, ServicePortKey},
     netlink::sysctl,
     objects::{Family, Kind},
 };
@@ -174,10 +174,8 @@ impl Agent {
             None => "waiting".to_owned(),
         };
         let frontends = port.frontends.iter().map(|frontend| v1::Frontend {
-            kind: match frontend.kind {
-                FrontendKind::ClusterIp => "ClusterIP".to_owned(),
-            },
-            address: frontend.address.to_string(),
+            kind: frontend.kind.name().to_owned(),
+            address: frontend.address.map(|a| a.to_string()).unwrap_or_default(),
             port: frontend.port.into(),
         });
         let used = port.backends.iter().map(|(address, backend)| v1::Backend {
@@ -206,8 +204,8 @@ impl Agent {
             number: 0,
         });
         v1::ServicePort {
-            namespace: key.service.namespace.clone(),
-            name: key.service.name.clone(),
+            namespace: key.owner.name().namespace.clone(),
+            name: key.owner.name().name.clone(),
             port_name: key.port_name.clone(),
             protocol: key.protocol.name().to_owned(),
             family: key.family.name().to_owned(),

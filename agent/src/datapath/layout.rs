@@ -37,7 +37,14 @@ const FLOW_MAPS: [&str; 5] = [
     "FLOW_RING_STATE",
 ];
 /// Without these a number in `SERVICE_STATE` means nothing.
-const SERVICE_MAPS: [&str; 4] = ["FRONTENDS_V4", "FRONTENDS_V6", "SERVICE_STATE", "SLOTS"];
+const SERVICE_MAPS: [&str; 6] = [
+    "FRONTENDS_V4",
+    "FRONTENDS_V6",
+    "SERVICE_STATE",
+    "SLOTS",
+    "AFFINITY",
+    "AFFINITY_TIMEOUTS",
+];
 /// Rows of these have generations that flows refer to.
 const GENERATION_MAPS: [&str; 3] = ["ENDPOINTS", "NEXT_HOPS", "BACKENDS"];
 
@@ -307,10 +314,11 @@ fn drop_dependants(
     shapes: &[MapShape],
     misfits: &mut BTreeMap<String, Misfit>,
 ) {
-    let groups: [(&[&str], &[&str]); 3] = [
+    let groups: [(&[&str], &[&str]); 4] = [
         (&["SERVICE_STATE", "SLOTS"], &SERVICE_MAPS),
         (&FLOW_MAPS, &FLOW_MAPS),
         (&GENERATION_MAPS, &FLOW_MAPS),
+        (&["BACKENDS"], &["AFFINITY"]),
     ];
     for (leaders, followers) in groups {
         let lost = leaders.iter().find(|name| {

@@ -60,6 +60,7 @@ use crate::{
 use attach::Attacher;
 use expedite::Expedite;
 use tables::{
+    AffinityTable,
     endpoints::{EndpointMaps, LocalAddresses},
     services::ServiceMaps,
 };
@@ -201,6 +202,7 @@ impl Datapath {
             backends: loaded.with_data("BACKENDS", |map| mapped::MappedArray::new(map, 4))?,
             backends_max: options.backends_max,
             slots: loaded.raw("SLOTS")?,
+            affinity: AffinityTable::new(loaded.raw("AFFINITY")?, loaded.raw("AFFINITY_TIMEOUTS")?),
         })?;
         Ok(Self {
             attacher: Attacher {
@@ -460,7 +462,8 @@ impl Datapath {
         &self.ipcache
     }
 
-    /// Says what a prefix is: `class` is one of [`weir_common::ipcache::class`].
+    /// Says what a prefix is: `class` is one of [`weir_common::ipcache::class`], `flags` are of
+    /// [`weir_common::ipcache::flag`], those of frontends apart, which follow from the Services.
     ///
     /// # Errors
     ///
@@ -469,10 +472,12 @@ impl Datapath {
         &mut self,
         prefix: IpNet,
         class: u8,
+        flags: u8,
         hop: HopRef<'_>,
     ) -> Result<(), TableError> {
         let entry = IpcacheEntry {
             class,
+            flags,
             next_hop: self.next_hops.number(hop)?,
             ..IpcacheEntry::default()
         };
@@ -552,6 +557,25 @@ impl Datapath {
         self.flows.sweep(budget, &rules, &self.counters)
     }
 
+    /// Removes what session affinity has remembered for longer than it lasts, a bounded piece at a
+    /// time; see [`AffinityTable::sweep`].
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn sweep_affinity(&mut self, budget: u32) -> io::Result<u32> {
+        self.sweep_affinity_at(flows::now()?, budget)
+    }
+
+    /// As [`Self::sweep_affinity`], at the time `now` in ticks.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn sweep_affinity_at(&mut self, now: u32, budget: u32) -> io::Result<u32> {
+        self.services.sweep_affinity(now, budget)
+    }
+
     /// The reader of events; there is one. Must be called within a tokio runtime.
     ///
     /// # Errors
@@ -602,6 +626,7 @@ impl Datapath {
             ("SERVICE_STATE", services.services.0, services.services.1),
             ("BACKENDS", services.backends.0, services.backends.1),
             ("SLOTS", services.slot_chunks.0, services.slot_chunks.1),
+            ("AFFINITY", services.affinity.0, services.affinity.1),
         ]
         .into_iter()
         .map(|(map, entries, max)| MapFill { map, entries, max })

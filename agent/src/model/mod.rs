@@ -7,114 +7,34 @@
 pub mod maglev;
 mod names;
 mod occupied;
+mod service_port;
 mod services;
 
 pub use names::AddressOwner;
+pub use service_port::{
+    Backend, BackendAddress, BackendState, EndpointSet, Frontend, FrontendKind, HostPort, Owner,
+    PodInterface, Scope, ServicePort, ServicePortKey, UnusedBackend,
+};
 pub use services::Problem;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 
 use crate::{
-    objects::{self, Family, Kind, Object, ObjectKey, ObjectName, Protocol},
+    objects::{self, Kind, LabelSelector, Object, ObjectKey, ObjectName},
     source::Change,
 };
 
-/// Identity of a Service port in one family: what one row of `SERVICE_STATE` stands for.
-#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct ServicePortKey {
-    /// The Service.
-    pub service: ObjectName,
-    /// Name of the port, or empty.
-    pub port_name: String,
-    /// Protocol.
-    pub protocol: Protocol,
-    /// Family.
-    pub family: Family,
-    /// Port of the Service: tells unnamed ports apart.
-    pub port: u16,
-}
-
-/// What a frontend is.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-#[allow(missing_docs, reason = "the names are Kubernetes' own")]
-pub enum FrontendKind {
-    ClusterIp,
-}
-
-impl FrontendKind {
-    /// As Kubernetes writes it: ClusterIP.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::ClusterIp => "ClusterIP",
-        }
-    }
-}
-
-/// An address and port that clients of a Service port use.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct Frontend {
-    /// Address, of the key's family.
-    pub address: IpAddr,
-    /// Port.
-    pub port: u16,
-    /// Kind.
-    pub kind: FrontendKind,
-}
-
-/// State of an endpoint that is used.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub enum BackendState {
-    /// Ready.
-    Active,
-    /// Serving and terminating, used because nothing is ready.
-    Terminating,
-}
-
-/// Address and port of an endpoint: its identity within a Service port.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct BackendAddress {
-    /// Address, of the key's family.
-    pub address: IpAddr,
-    /// Port.
-    pub port: u16,
-}
-
-/// An endpoint that takes new connections.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Backend {
-    /// State.
-    pub state: BackendState,
-    /// Node, or empty.
-    pub node: String,
-    /// Zone, or empty.
-    pub zone: String,
-    /// Pod behind it (namespace/name), or empty.
-    pub target: String,
-}
-
-/// An endpoint that takes no new connections, and why.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct UnusedBackend {
-    /// As a used one would be.
-    pub backend: Backend,
-    /// For people: "not ready", "terminating" …
-    pub reason: &'static str,
-}
-
-/// Desired state of one Service port.
+/// What the model is told once.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct ServicePort {
-    /// Frontends; never empty in a desired state.
-    pub frontends: BTreeSet<Frontend>,
-    /// Endpoints for new connections, ordered by address and port: the order is the same on every node.
-    pub backends: BTreeMap<BackendAddress, Backend>,
-    /// Endpoints that are not used. Not part of what reaches the kernel.
-    pub unused: BTreeMap<BackendAddress, UnusedBackend>,
+pub struct ModelOptions {
+    /// Name of this node's Node object.
+    pub node_name: String,
+    /// Services that are left to somebody else.
+    pub exclude_services: Option<LabelSelector>,
+    /// Addresses of Services that are left to somebody else.
+    pub exclude_cidrs: Vec<IpNet>,
 }
 
 /// Desired state that belongs to a node.
@@ -160,8 +80,11 @@ pub struct Model {
 
 impl Model {
     /// Without objects.
-    pub fn new() -> Self {
-        Self::default()
+    pub fn new(options: ModelOptions) -> Self {
+        Self {
+            services: services::Services::new(options),
+            ..Self::default()
+        }
     }
 
     /// Takes one change in. Deleting what is not there changes nothing.
@@ -190,6 +113,12 @@ impl Model {
                 }
             },
         }
+    }
+
+    /// The host ports of a pod of this node; `None`: the pod is gone. Ports that a NodePort or an
+    /// older pod has are not served, and stand among the problems.
+    pub fn set_host_ports(&mut self, owner: PodInterface, host_ports: Option<Vec<HostPort>>) {
+        self.services.set_host_ports(owner, host_ports);
     }
 
     /// What differs from the state after the last call; empty when changes undid each other.
@@ -256,6 +185,21 @@ impl Model {
         self.services.problems()
     }
 
+    /// Those of one Service or pod.
+    pub fn problems_of(&self, owner: &Owner) -> &[Problem] {
+        self.services.problems_of(owner)
+    }
+
+    /// Services and pods of which something cannot be served, in the order of their names.
+    pub fn owners_with_problems(&self) -> impl Iterator<Item = &Owner> {
+        self.services.owners_with_problems()
+    }
+
+    /// A Service as the source has it.
+    pub fn service_object(&self, name: &ObjectName) -> Option<&objects::Service> {
+        self.services.service(name)
+    }
+
     /// How many objects of each kind there are.
     pub fn object_counts(&self) -> BTreeMap<Kind, usize> {
         BTreeMap::from([
@@ -269,12 +213,12 @@ impl Model {
 
     fn set_service(&mut self, name: ObjectName, service: Option<objects::Service>) {
         let owner = AddressOwner::Service(name.clone());
-        let before = self.services.service(&name);
-        self.names.replace(
-            &owner,
-            before.map_or(&[], services::served_addresses),
-            service.as_ref().map_or(&[], services::served_addresses),
-        );
+        let addresses = |service: Option<&objects::Service>| {
+            service.map_or_else(Vec::new, |service| self.services.addresses(service))
+        };
+        let before = addresses(self.services.service(&name));
+        let after = addresses(service.as_ref());
+        self.names.replace(&owner, &before, &after);
         self.services.set_service(name, service);
     }
 

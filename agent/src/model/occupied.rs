@@ -39,11 +39,26 @@ pub(super) struct Occupied {
 impl Occupied {
     /// Who has `address`, and as part of which range.
     pub(super) fn get(&self, address: IpAddr) -> Option<(IpNet, &Occupant)> {
+        self.find(address, BTreeSet::first)
+    }
+
+    /// Whose pods' range `address` lies in.
+    pub(super) fn pods(&self, address: IpAddr) -> Option<(IpNet, &Occupant)> {
+        let is_pods = |occupant: &&Occupant| occupant.purpose == Purpose::Pods;
+        self.find(address, |occupants| occupants.iter().find(is_pods))
+    }
+
+    /// The narrowest range around `address` of which `choose` chooses an occupant.
+    fn find<'a>(
+        &'a self,
+        address: IpAddr,
+        choose: impl Fn(&'a BTreeSet<Occupant>) -> Option<&'a Occupant>,
+    ) -> Option<(IpNet, &'a Occupant)> {
         let family = Family::of(address);
         let lengths = self.lengths.range((family, 0)..=(family, u8::MAX)).rev();
         lengths.into_iter().find_map(|((_, length), _)| {
             let range = IpNet::new(address, *length).ok()?.trunc();
-            Some((range, self.occupants.get(&range)?.first()?))
+            Some((range, choose(self.occupants.get(&range)?)?))
         })
     }
 

@@ -61,6 +61,8 @@ pub enum HopRef {
 pub struct IpcacheTarget {
     /// One of [`weir_common::ipcache::class`].
     pub class: u8,
+    /// Bits of [`weir_common::ipcache::flag`], those of Services' frontends apart.
+    pub flags: u8,
     /// Next hop.
     pub hop: HopRef,
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use weir_common::ipcache::class;
+use weir_common::ipcache::{class, flag};
 
 use super::{
     HopOutcome, HopRef, IpcacheChange, IpcacheTarget, NodeHop, NodeSettings, claims::Claims,
@@ -200,6 +200,7 @@ impl<'a> Cluster<'a> {
             for range in self.ranges_of(name) {
                 let target = IpcacheTarget {
                     class: class::REMOTE_PODS,
+                    flags: 0,
                     hop: HopRef::Node(name.to_owned(), family_of(range)),
                 };
                 plan.ipcache.insert(*range, target);
@@ -211,6 +212,7 @@ impl<'a> Cluster<'a> {
             }
             let target = IpcacheTarget {
                 class: class::REMOTE_NODE,
+                flags: 0,
                 hop: self.hop_of_address(owner, *address, snapshot, plan),
             };
             plan.ipcache.insert((*address).into(), target);
@@ -232,6 +234,7 @@ impl<'a> Cluster<'a> {
         for address in on_devices.chain(in_status).filter(|a| !is_nobodys(*a)) {
             let this_node = IpcacheTarget {
                 class: class::THIS_NODE,
+                flags: flag::NODE_PORTS,
                 hop: HopRef::Host,
             };
             let before = plan.ipcache.insert(address.into(), this_node);

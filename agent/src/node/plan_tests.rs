@@ -6,7 +6,10 @@ use std::{
 };
 
 use ipnet::IpNet;
-use weir_common::{endpoint::host_mac, ipcache::class};
+use weir_common::{
+    endpoint::host_mac,
+    ipcache::{class, flag},
+};
 
 use super::{
     HopRef, IpcacheTarget, NodePlan, NodeSettings, Snapshot,
@@ -158,7 +161,13 @@ fn the_ipcache_tells_whose_an_address_is() {
         ("203.0.113.200/32", class::THIS_NODE, HopRef::Host),
     ]
     .into_iter()
-    .map(|(prefix, class, hop)| (range(prefix), IpcacheTarget { class, hop }))
+    .map(|(prefix, class, hop)| {
+        let flags = match class {
+            class::THIS_NODE => flag::NODE_PORTS,
+            _ => 0,
+        };
+        (range(prefix), IpcacheTarget { class, flags, hop })
+    })
     .collect();
     assert_eq!(plan.ipcache, wanted);
     assert_eq!(plan.problems, Vec::<String>::new());

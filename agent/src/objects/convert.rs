@@ -8,10 +8,11 @@ use k8s_openapi::{
     api::{core::v1 as core, discovery::v1 as discovery},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
+use weir_common::affinity;
 
 use super::{
-    EndpointSlice, Family, Kind, Namespace, Node, ObjectKey, ObjectName, Pod, Protocol, Service,
-    ServicePort, ServiceType, SliceEndpoint, SlicePort,
+    EndpointSlice, Family, Hints, Kind, Namespace, Node, ObjectKey, ObjectName, Pod, Protocol,
+    Service, ServicePort, ServiceType, SliceEndpoint, SlicePort, TrafficPolicy,
 };
 
 /// Label of an EndpointSlice that names its Service.
@@ -107,12 +108,30 @@ impl TryFrom<core::Service> for Service {
                 ServiceType::ExternalName => Vec::new(),
                 _ => cluster_ips(spec.cluster_ip, spec.cluster_ips.unwrap_or_default())?,
             };
+            let ingress = from.status.and_then(|status| status.load_balancer);
+            let ingress = ingress.and_then(|balancer| balancer.ingress);
             Ok(Self {
                 name,
                 labels,
                 created: created.map(|time| time.0.as_second()),
                 service_type,
                 cluster_ips,
+                external_ips: indexed("spec.externalIPs", spec.external_ips, |field, text| {
+                    unicast_address(field, &text)
+                })?,
+                load_balancer_ips: load_balancer_ips(ingress)?,
+                internal_policy: traffic_policy(
+                    "spec.internalTrafficPolicy",
+                    spec.internal_traffic_policy.as_deref(),
+                )?,
+                external_policy: traffic_policy(
+                    "spec.externalTrafficPolicy",
+                    spec.external_traffic_policy.as_deref(),
+                )?,
+                affinity: session_affinity(
+                    spec.session_affinity.as_deref(),
+                    spec.session_affinity_config,
+                )?,
                 ports: indexed("spec.ports", spec.ports, service_port)?,
             })
         })
@@ -140,6 +159,75 @@ fn cluster_ips(first: Option<String>, all: Vec<String>) -> Result<Vec<IpAddr>, B
     indexed("spec.clusterIPs", Some(all), |field, text| {
         unicast_address(field, &text)
     })
+}
+
+/// Addresses of load balancers whose packets arrive as they were sent. With `ipMode: Proxy` the
+/// balancer is a hop of its own and must be gone through; one with a name alone cannot be served.
+fn load_balancer_ips(
+    ingress: Option<Vec<core::LoadBalancerIngress>>,
+) -> Result<Vec<IpAddr>, BadField> {
+    let addresses = indexed("status.loadBalancer.ingress", ingress, |field, ingress| {
+        let is_vip = match ingress.ip_mode.as_deref() {
+            None | Some("" | "VIP") => true,
+            Some("Proxy") => false,
+            Some(other) => {
+                return Err(BadField::new(
+                    format!("{field}.ipMode"),
+                    other,
+                    "is not one of VIP, Proxy",
+                ));
+            }
+        };
+        ingress
+            .ip
+            .filter(|ip| is_vip && !ip.is_empty())
+            .map(|ip| unicast_address(&format!("{field}.ip"), &ip))
+            .transpose()
+    })?;
+    Ok(addresses.into_iter().flatten().collect())
+}
+
+fn traffic_policy(field: &str, text: Option<&str>) -> Result<TrafficPolicy, BadField> {
+    match text {
+        None | Some("" | "Cluster") => Ok(TrafficPolicy::Cluster),
+        Some("Local") => Ok(TrafficPolicy::Local),
+        Some(other) => Err(BadField::new(
+            field,
+            other,
+            "is not one of Cluster, Local; write one of them",
+        )),
+    }
+}
+
+fn session_affinity(
+    text: Option<&str>,
+    config: Option<core::SessionAffinityConfig>,
+) -> Result<Option<u32>, BadField> {
+    match text {
+        None | Some("" | "None") => return Ok(None),
+        Some("ClientIP") => {}
+        Some(other) => {
+            return Err(BadField::new(
+                "spec.sessionAffinity",
+                other,
+                "is not one of None, ClientIP; write one of them",
+            ));
+        }
+    }
+    let seconds = config
+        .and_then(|config| config.client_ip)
+        .and_then(|client_ip| client_ip.timeout_seconds);
+    let Some(seconds) = seconds else {
+        return Ok(Some(affinity::TIMEOUT_DEFAULT));
+    };
+    match u32::try_from(seconds) {
+        Ok(seconds) if (1..=affinity::TIMEOUT_MAX).contains(&seconds) => Ok(Some(seconds)),
+        _ => Err(BadField::new(
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            seconds,
+            "is not a time that affinity can last: 1 to 86400 seconds; leave it out for 10800",
+        )),
+    }
 }
 
 fn service_port(field: &str, from: core::ServicePort) -> Result<ServicePort, BadField> {
@@ -212,20 +300,31 @@ fn slice_endpoint(
         None => None,
     };
     let conditions = from.conditions.unwrap_or_default();
-    let ready = conditions.ready.unwrap_or(true);
+
     let target = from.target_ref.and_then(|target| {
         let namespace = target.namespace.unwrap_or_else(|| namespace.to_owned());
         target.name.map(|name| format!("{namespace}/{name}"))
     });
     Ok(SliceEndpoint {
         address: address.filter(|address| Some(Family::of(*address)) == family),
-        ready,
-        serving: conditions.serving.unwrap_or(ready),
+        ready: conditions.ready.unwrap_or(true),
+        serving: conditions.serving.unwrap_or(true),
         terminating: conditions.terminating.unwrap_or(false),
         node: from.node_name.unwrap_or_default(),
         zone: from.zone.unwrap_or_default(),
         target: target.unwrap_or_default(),
+        hints: from.hints.and_then(hints),
     })
+}
+
+fn hints(from: discovery::EndpointHints) -> Option<Box<Hints>> {
+    let nodes = from.for_nodes.unwrap_or_default().into_iter();
+    let zones = from.for_zones.unwrap_or_default().into_iter();
+    let hints = Hints {
+        nodes: nodes.map(|node| node.name).collect(),
+        zones: zones.map(|zone| zone.name).collect(),
+    };
+    (hints != Hints::default()).then(|| Box::new(hints))
 }
 
 fn slice_port(field: &str, from: discovery::EndpointPort) -> Result<SlicePort, BadField> {

@@ -145,6 +145,20 @@ pub const ALL: &[Definition] = &[
         "Idle time of a UDP flow with answers, 1 to 2000000",
     ),
     define(
+        "exclude-services",
+        "SELECTOR",
+        None,
+        "Services that are left to somebody else, as a label selector: app=legacy,!weir \
+         [default: none]",
+    ),
+    define(
+        "exclude-cidrs",
+        "CIDRS",
+        None,
+        "Addresses of Services that are left to somebody else (a node-local DNS cache), separated \
+         by commas [default: none]",
+    ),
+    define(
         "expedite-rcu",
         "BOOL",
         Some("true"),

@@ -93,6 +93,7 @@ fn numbers_are_found_again_through_the_prefixes() {
                 .set_ipcache(
                     cidr(family, node),
                     class::REMOTE_PODS,
+                    0,
                     HopRef::Node(&name, family),
                 )
                 .unwrap();
@@ -124,6 +125,7 @@ fn numbers_are_found_again_through_the_prefixes() {
                 .set_ipcache(
                     cidr(family, node),
                     class::REMOTE_PODS,
+                    0,
                     HopRef::Node(&name, family),
                 )
                 .unwrap();
@@ -152,12 +154,13 @@ fn an_unknown_node_is_an_error_and_the_host_is_not() {
         .set_ipcache(
             prefix,
             class::REMOTE_PODS,
+            0,
             HopRef::Node("nobody", Family::V4),
         )
         .unwrap_err();
     assert!(error.to_string().contains("nobody"), "{error}");
     datapath
-        .set_ipcache(prefix, class::THIS_NODE, HopRef::Host)
+        .set_ipcache(prefix, class::THIS_NODE, 0, HopRef::Host)
         .unwrap();
     assert_eq!(datapath.ipcache().entries()[&prefix].next_hop, HOST);
 }
@@ -172,7 +175,12 @@ fn a_row_of_an_earlier_agent_that_cannot_be_written_is_not_given_away() {
         .set_hop("a", family, &prefixes, Some(hop(family, 1)))
         .unwrap();
     datapath
-        .set_ipcache(prefixes[0], class::REMOTE_PODS, HopRef::Node("a", family))
+        .set_ipcache(
+            prefixes[0],
+            class::REMOTE_PODS,
+            0,
+            HopRef::Node("a", family),
+        )
         .unwrap();
     drop(datapath);
 

@@ -2,7 +2,7 @@ use std::time::Instant;
 
 use weir_agent::{
     datapath::{Datapath, TableError},
-    model::{BackendState, Frontend, FrontendKind},
+    model::{BackendState, Frontend},
     objects::Family,
 };
 use weir_common::{
@@ -148,11 +148,8 @@ fn ports_of_one_address_share_its_prefix() {
     let mut datapath = fs.open();
     for family in FAMILIES {
         let mut two = port(family, 1, [1]);
-        two.frontends.insert(Frontend {
-            address: cluster_ip(family, 1),
-            port: 443,
-            kind: FrontendKind::ClusterIp,
-        });
+        two.frontends
+            .insert(Frontend::cluster_ip(cluster_ip(family, 1), 443));
         datapath.apply_service(&key(family, 1), Some(&two)).unwrap();
         let one = port(family, 1, [1]);
         datapath.apply_service(&key(family, 1), Some(&one)).unwrap();
@@ -372,7 +369,12 @@ fn a_service_wins_over_what_else_has_its_address() {
         .unwrap();
     assert_eq!(class_of(), Some(class::SERVICE));
     datapath
-        .set_ipcache(prefix, class::THIS_NODE, weir_agent::datapath::HopRef::Host)
+        .set_ipcache(
+            prefix,
+            class::THIS_NODE,
+            0,
+            weir_agent::datapath::HopRef::Host,
+        )
         .unwrap();
     assert_eq!(class_of(), Some(class::SERVICE));
     datapath.apply_service(&key(Family::V4, 1), None).unwrap();

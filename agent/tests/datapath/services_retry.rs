@@ -3,7 +3,7 @@
 
 use weir_agent::{
     datapath::Datapath,
-    model::{Frontend, FrontendKind, ServicePort},
+    model::{Frontend, ServicePort},
     objects::Family,
 };
 use weir_common::{
@@ -16,11 +16,9 @@ use crate::support::{BpfFs, FAMILIES, ReadOnly, cluster_ip, key, port};
 const FAMILY: Family = Family::V4;
 
 fn add_frontend(desired: &mut ServicePort, family: Family, index: u32, port: u16) {
-    desired.frontends.insert(Frontend {
-        address: cluster_ip(family, index),
-        port,
-        kind: FrontendKind::ClusterIp,
-    });
+    desired
+        .frontends
+        .insert(Frontend::cluster_ip(cluster_ip(family, index), port));
 }
 
 /// Everything of these Service ports is gone, and what follows finds the tables empty.

@@ -20,9 +20,7 @@ use aya_obj::generated::{BPF_F_RDONLY, bpf_attr, bpf_cmd};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use weir_agent::{
     datapath::{Datapath, DatapathOptions},
-    model::{
-        Backend, BackendAddress, BackendState, Frontend, FrontendKind, ServicePort, ServicePortKey,
-    },
+    model::{Backend, BackendAddress, BackendState, Frontend, ServicePort, ServicePortKey},
     objects::{Family, ObjectName, Protocol},
 };
 use weir_common::{
@@ -255,7 +253,7 @@ pub fn pod_ip(family: Family, index: u32) -> IpAddr {
 
 pub fn key(family: Family, index: u32) -> ServicePortKey {
     ServicePortKey {
-        service: ObjectName::new("test", format!("service-{index}")),
+        owner: ObjectName::new("test", format!("service-{index}")).into(),
         port_name: "http".into(),
         protocol: Protocol::Tcp,
         family,
@@ -273,24 +271,19 @@ pub fn backend_address(family: Family, index: u32) -> BackendAddress {
 /// A Service port with one frontend, port 80 of cluster address `index`.
 pub fn port(family: Family, index: u32, backends: impl IntoIterator<Item = u32>) -> ServicePort {
     ServicePort {
-        frontends: BTreeSet::from([Frontend {
-            address: cluster_ip(family, index),
-            port: 80,
-            kind: FrontendKind::ClusterIp,
-        }]),
+        frontends: BTreeSet::from([Frontend::cluster_ip(cluster_ip(family, index), 80)]),
         backends: backends
             .into_iter()
             .map(|i| (backend_address(family, i), backend(BackendState::Active)))
             .collect(),
         unused: BTreeMap::new(),
+        affinity: None,
     }
 }
 
 pub fn backend(state: BackendState) -> Backend {
     Backend {
         state,
-        node: String::new(),
-        zone: String::new(),
-        target: String::new(),
+        ..Backend::active()
     }
 }

@@ -1,14 +1,15 @@
 //! Golden cases. A file in `cases/` is Kubernetes YAML followed by comments: after `# expect:` the
 //! state that follows from it, as `render` writes it. More YAML after that is applied on top, a
-//! line `# delete: KIND NAMESPACE/NAME` deletes, and another `# expect:` follows.
+//! line `# delete: KIND NAMESPACE/NAME` deletes, and another `# expect:` follows. Lines `# this node:
+//! NAME`, `# exclude-services: SELECTOR` and `# exclude-cidrs: CIDR` say what the model is told.
 //!
 //! `WEIR_BLESS=1 cargo test --test model` writes what the model says into the files.
 
 use std::{env, fs, path::Path};
 
 use weir_agent::{
-    model::Model,
-    objects::{Kind, ObjectKey, ObjectName},
+    model::{Model, ModelOptions},
+    objects::{Kind, LabelSelector, ObjectKey, ObjectName},
     source::{
         Change,
         yaml::{self, Format},
@@ -45,6 +46,20 @@ fn cases() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+fn options(stages: &[Stage]) -> ModelOptions {
+    let mut options = ModelOptions::default();
+    for line in stages[0].yaml.lines() {
+        if let Some(node) = line.strip_prefix("# this node: ") {
+            options.node_name = node.to_owned();
+        } else if let Some(text) = line.strip_prefix("# exclude-services: ") {
+            options.exclude_services = Some(LabelSelector::parse(text).unwrap());
+        } else if let Some(text) = line.strip_prefix("# exclude-cidrs: ") {
+            options.exclude_cidrs.push(text.parse().unwrap());
+        }
+    }
+    options
+}
+
 struct Stage {
     yaml: String,
     changes: Vec<Change>,
@@ -53,7 +68,7 @@ struct Stage {
 
 /// Applies the stages, then deletes everything.
 fn run(stages: &[Stage], backwards: bool, together: bool) -> Result<(), String> {
-    let mut model = Model::new();
+    let mut model = Model::new(options(stages));
     let mut mirror = Mirror::default();
     let mut keys = Vec::new();
     let mut apply = |model: &mut Model, mut changes: Vec<Change>| {
@@ -146,7 +161,7 @@ fn delete(what: &str) -> Change {
 }
 
 fn bless(stages: &[Stage]) -> String {
-    let mut model = Model::new();
+    let mut model = Model::new(options(stages));
     let mut text = String::new();
     for stage in stages {
         stage.changes.iter().for_each(|c| model.apply(c.clone()));

@@ -4,7 +4,9 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod golden;
+mod host_ports;
 mod property;
+mod random;
 mod reference;
 mod render;
 

@@ -2,7 +2,9 @@
 
 use std::{fmt::Write as _, net::SocketAddr};
 
-use weir_agent::model::{Backend, BackendState, Model, ServicePort, ServicePortKey};
+use weir_agent::model::{
+    Backend, BackendState, EndpointSet, Frontend, Model, Owner, Scope, ServicePort, ServicePortKey,
+};
 
 pub fn render(model: &Model) -> String {
     let mut text = String::new();
@@ -34,10 +36,16 @@ fn service_port(text: &mut String, key: &ServicePortKey, port: &ServicePort) {
         name => name,
     };
     let (protocol, family) = (key.protocol.name(), key.family.name());
-    let _ = writeln!(text, "{} {name} {protocol} {family}", key.service);
+    let owner = match &key.owner {
+        Owner::Service(service) => service.to_string(),
+        owner => owner.to_string(),
+    };
+    let _ = writeln!(text, "{owner} {name} {protocol} {family}");
     for frontend in &port.frontends {
-        let address = SocketAddr::new(frontend.address, frontend.port);
-        let _ = writeln!(text, "  {} {address}", frontend.kind.name());
+        let _ = writeln!(text, "  {}", self::frontend(frontend));
+    }
+    if let Some(seconds) = port.affinity {
+        let _ = writeln!(text, "  affinity {seconds} s");
     }
     for (address, backend) in &port.backends {
         let address = SocketAddr::new(address.address, address.port);
@@ -45,13 +53,34 @@ fn service_port(text: &mut String, key: &ServicePortKey, port: &ServicePort) {
             BackendState::Active => "active",
             BackendState::Terminating => "terminating",
         };
-        let _ = writeln!(text, "  -> {address} {state}{}", details(backend));
+        let sets = match (backend.cluster, backend.local) {
+            (true, true) => " in Cluster and Local",
+            (false, true) => " in Local",
+            _ => "",
+        };
+        let _ = writeln!(text, "  -> {address} {state}{sets}{}", details(backend));
     }
     for (address, unused) in &port.unused {
         let address = SocketAddr::new(address.address, address.port);
         let details = details(&unused.backend);
         let _ = writeln!(text, "  unused {address} ({}){details}", unused.reason);
     }
+}
+
+/// `inside` and the set Cluster go without saying.
+fn frontend(frontend: &Frontend) -> String {
+    let kind = frontend.kind.name();
+    let mut text = match frontend.address {
+        Some(address) => format!("{kind} {}", SocketAddr::new(address, frontend.port)),
+        None => format!("{kind} *:{}", frontend.port),
+    };
+    if frontend.scope == Scope::Outside {
+        text += " outside";
+    }
+    if frontend.set == EndpointSet::Local {
+        text += " Local";
+    }
+    text
 }
 
 fn details(backend: &Backend) -> String {

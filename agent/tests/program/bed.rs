@@ -11,7 +11,7 @@ use std::{
 
 use weir_agent::{
     datapath::{AppliedService, Datapath, DatapathOptions, EndpointRow, Hop, HopRef, NodeConfig},
-    model::{BackendAddress, BackendState, Frontend, FrontendKind, ServicePort, ServicePortKey},
+    model::{BackendAddress, BackendState, Frontend, ServicePort, ServicePortKey},
     objects::{Family, ObjectName, Protocol},
 };
 use weir_common::{
@@ -174,7 +174,7 @@ impl Bed {
             (prefixes[1], class::REMOTE_NODE, far),
             (own, class::THIS_NODE, HopRef::Host),
         ] {
-            bed.datapath.set_ipcache(prefix, kind, hop).unwrap();
+            bed.datapath.set_ipcache(prefix, kind, 0, hop).unwrap();
         }
         bed
     }
@@ -297,11 +297,7 @@ impl Bed {
         let desired = ServicePort {
             frontends: addresses
                 .iter()
-                .map(|address| Frontend {
-                    address: *address,
-                    port,
-                    kind: FrontendKind::ClusterIp,
-                })
+                .map(|address| Frontend::cluster_ip(*address, port))
                 .collect::<BTreeSet<_>>(),
             backends: backends
                 .iter()
@@ -311,6 +307,7 @@ impl Bed {
                 })
                 .collect(),
             unused: BTreeMap::new(),
+            affinity: None,
         };
         let key = self.service_key(index, protocol, port);
         self.datapath.apply_service(&key, Some(&desired)).unwrap()
@@ -318,7 +315,7 @@ impl Bed {
 
     pub fn service_key(&self, index: u32, protocol: Protocol, port: u16) -> ServicePortKey {
         ServicePortKey {
-            service: ObjectName::new("test", format!("service-{index}")),
+            owner: ObjectName::new("test", format!("service-{index}")).into(),
             port_name: "main".into(),
             protocol,
             family: self.family,

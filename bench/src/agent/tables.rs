@@ -39,7 +39,7 @@ fn measure(changes: usize) -> Result<Table> {
         bpf_root: "/sys/fs/bpf/tables".into(),
         ..DatapathOptions::default()
     })?;
-    let mut model = Model::new();
+    let mut model = Model::default();
     let begin = Instant::now();
     for service in 0..SERVICES {
         model.apply(Change::Upsert(Object::Service(service_object(service))));

@@ -184,7 +184,8 @@ impl Lab {
         self.datapath
             .set_hop(OTHER_NODE, family, &[pods], Some(hop))?;
         let hop = HopRef::Node(OTHER_NODE, family);
-        self.datapath.set_ipcache(pods, class::REMOTE_PODS, hop)?;
+        self.datapath
+            .set_ipcache(pods, class::REMOTE_PODS, 0, hop)?;
         Ok(())
     }
 
@@ -318,30 +319,20 @@ pub fn service(
     endpoints: impl IntoIterator<Item = (IpAddr, u16)>,
 ) -> (ServicePortKey, ServicePort) {
     let key = ServicePortKey {
-        service: ObjectName::new("bench", format!("service-{number}")),
+        owner: ObjectName::new("bench", format!("service-{number}")).into(),
         port_name: "http".into(),
         protocol: Protocol::Tcp,
         family,
         port: 80,
     };
-    let frontend = Frontend {
-        address,
-        port: 80,
-        kind: FrontendKind::ClusterIp,
-    };
-    let backend = Backend {
-        state: BackendState::Active,
-        node: String::new(),
-        zone: String::new(),
-        target: String::new(),
-    };
     let backends = endpoints
         .into_iter()
-        .map(|(address, port)| (BackendAddress { address, port }, backend.clone()));
+        .map(|(address, port)| (BackendAddress { address, port }, Backend::active()));
     let desired = ServicePort {
-        frontends: BTreeSet::from([frontend]),
+        frontends: BTreeSet::from([Frontend::cluster_ip(address, 80)]),
         backends: backends.collect(),
         unused: BTreeMap::new(),
+        affinity: None,
     };
     (key, desired)
 }

@@ -1,7 +1,7 @@
 //! The writer of `IPCACHE_V4` and `IPCACHE_V6`. A prefix can be wanted for two causes at once: by
-//! the node manager (pods and nodes) and because it is an address of Services. The Services decide
-//! what is written: kube-proxy's ipvs mode and node-local DNS caches put their addresses on a device
-//! of the node. Pod ranges of this node of which only the first addresses have rows in
+//! the node manager (pods and nodes) and because it is an address of Services. ClusterIPs decide what
+//! is written: kube-proxy's ipvs mode and node-local DNS caches put their addresses on a device of
+//! the node. Other frontends are marked by a flag, for they often stand at addresses of nodes. Pod ranges of this node of which only the first addresses have rows in
 //! `LOCAL_ADDRESSES_*` stand here for the rest, so that nothing from outside may claim to be there.
 
 use std::{
@@ -14,11 +14,12 @@ use ipnet::IpNet;
 use weir_common::{
     Ipv4, Ipv6,
     address::Address,
-    ipcache::{IpcacheEntry, class},
+    ipcache::{IpcacheEntry, class, flag},
     next_hop,
 };
 
 use super::{TableError, io_error, is_full};
+use crate::model::FrontendKind;
 
 const MAP_V4: &str = "IPCACHE_V4";
 const MAP_V6: &str = "IPCACHE_V6";
@@ -37,29 +38,94 @@ pub struct Ipcache {
 struct Row {
     /// As the node manager wants it.
     explicit: Option<IpcacheEntry>,
-    /// Frontends of Services at this address.
-    frontends: u32,
+    /// Frontends at this address.
+    frontends: Frontends,
     /// A pod range of this node of which only a part has rows.
     large_range: bool,
+    /// Found at start: what an earlier agent had written, as long as it has frontends and none of
+    /// this agent's are known.
+    found: Option<IpcacheEntry>,
     /// As it stands in the kernel.
     written: Option<IpcacheEntry>,
 }
 
+/// How many frontends there are at an address.
+#[derive(Clone, Copy, Debug, Default)]
+struct Frontends {
+    cluster_ips: u32,
+    load_balancers: u32,
+    others: u32,
+}
+
+impl Frontends {
+    fn of(&mut self, kind: FrontendKind) -> &mut u32 {
+        match kind {
+            FrontendKind::ClusterIp => &mut self.cluster_ips,
+            FrontendKind::LoadBalancer => &mut self.load_balancers,
+            FrontendKind::NodePort | FrontendKind::ExternalIp | FrontendKind::HostPort => {
+                &mut self.others
+            }
+        }
+    }
+
+    fn add(&mut self, kind: FrontendKind) {
+        *self.of(kind) += 1;
+    }
+
+    fn remove(&mut self, kind: FrontendKind) {
+        let count = self.of(kind);
+        *count = count.saturating_sub(1);
+    }
+
+    const fn is_empty(self) -> bool {
+        self.cluster_ips == 0 && self.load_balancers == 0 && self.others == 0
+    }
+
+    /// Bits of [`flag`] at an address that is a node's or not.
+    const fn flags(self, is_node: bool) -> u8 {
+        if self.is_empty() {
+            0
+        } else if self.cluster_ips > 0 || (self.load_balancers > 0 && !is_node) {
+            flag::FRONTENDS | flag::REFUSE
+        } else {
+            flag::FRONTENDS
+        }
+    }
+}
+
 impl Row {
     fn wanted(&self) -> Option<IpcacheEntry> {
-        let service = (self.frontends > 0).then_some(IpcacheEntry {
-            class: class::SERVICE,
-            flags: weir_common::ipcache::flag::FRONTENDS | weir_common::ipcache::flag::REFUSE,
-            ..IpcacheEntry::default()
-        });
         let this_node = self.large_range.then_some(IpcacheEntry {
             class: class::THIS_NODE,
             next_hop: next_hop::HOST,
             ..IpcacheEntry::default()
         });
-        service.or(self.explicit).or(this_node)
+        let explicit = self.explicit.or(this_node);
+        let found = self.found.filter(|_| self.frontends.is_empty());
+        if let Some(found) = found.filter(|found| found.class == class::SERVICE) {
+            return Some(found);
+        }
+        let service = IpcacheEntry {
+            class: class::SERVICE,
+            ..IpcacheEntry::default()
+        };
+        let base = match explicit {
+            Some(entry) if self.frontends.cluster_ips == 0 => entry,
+            None if self.frontends.is_empty() && found.is_none() => return None,
+            None if found.is_some() => return found,
+            _ => service,
+        };
+        let is_node = matches!(base.class, class::THIS_NODE | class::REMOTE_NODE);
+        let held = found.map_or(0, |found| found.flags & OF_FRONTENDS);
+        Some(IpcacheEntry {
+            flags: base.flags | self.frontends.flags(is_node) | held,
+            ..base
+        })
     }
 }
+
+/// The bits of [`flag`] that follow from frontends.
+const OF_FRONTENDS: u8 = flag::FRONTENDS | flag::REFUSE;
 
 impl Ipcache {
     /// Reads what the maps hold.
@@ -128,38 +194,79 @@ impl Ipcache {
     }
 
     /// One more frontend of a Service has this address.
-    pub(super) fn add_frontend(&mut self, address: IpAddr) -> Result<(), TableError> {
-        let prefix = IpNet::from(address);
-        self.change(prefix, |row| row.frontends += 1)
-            .inspect_err(|_| {
-                if let Some(row) = self.rows.get_mut(&prefix) {
-                    row.frontends -= 1;
-                }
-            })
+    pub(super) fn add_frontend(
+        &mut self,
+        address: IpAddr,
+        kind: FrontendKind,
+    ) -> Result<(), TableError> {
+        self.change_frontends(address, |frontends| frontends.add(kind))
+    }
+
+    /// A frontend at this address is of another kind now.
+    pub(super) fn change_frontend(
+        &mut self,
+        address: IpAddr,
+        before: FrontendKind,
+        after: FrontendKind,
+    ) -> Result<(), TableError> {
+        self.change_frontends(address, |frontends| {
+            frontends.add(after);
+            frontends.remove(before);
+        })
     }
 
     /// One frontend of a Service at this address is gone. When this fails the frontend still
     /// counts, so that the call can be repeated whatever others do meanwhile.
-    pub(super) fn remove_frontend(&mut self, address: IpAddr) -> Result<(), TableError> {
-        let prefix = IpNet::from(address);
-        let before = self.rows.get(&prefix).map_or(0, |row| row.frontends);
-        self.change(prefix, |row| row.frontends = before.saturating_sub(1))
-            .inspect_err(|_| {
-                if let Some(row) = self.rows.get_mut(&prefix) {
-                    row.frontends = before;
-                }
-            })
+    pub(super) fn remove_frontend(
+        &mut self,
+        address: IpAddr,
+        kind: FrontendKind,
+    ) -> Result<(), TableError> {
+        self.change_frontends(address, |frontends| frontends.remove(kind))
     }
 
     /// Takes [`Self::add_frontend`] back before anything leads to the address. An entry that the
     /// kernel does not give up is taken up by the next attempt, or falls to [`Self::prune`].
-    pub(super) fn undo_add_frontend(&mut self, address: IpAddr) {
-        let result = self.change(IpNet::from(address), |row| {
-            row.frontends = row.frontends.saturating_sub(1);
-        });
+    pub(super) fn undo_add_frontend(&mut self, address: IpAddr, kind: FrontendKind) {
+        let result = self.change(IpNet::from(address), |row| row.frontends.remove(kind));
         if let Err(error) = result {
             tracing::debug!(%error, "an ipcache entry stays without a frontend for now");
         }
+    }
+
+    /// Takes [`Self::change_frontend`] back.
+    pub(super) fn undo_change_frontend(
+        &mut self,
+        address: IpAddr,
+        before: FrontendKind,
+        after: FrontendKind,
+    ) {
+        let result = self.change(IpNet::from(address), |row| {
+            row.frontends.add(before);
+            row.frontends.remove(after);
+        });
+        if let Err(error) = result {
+            tracing::debug!(%error, "an ipcache entry keeps the flags of another kind for now");
+        }
+    }
+
+    /// When this fails all counts as before.
+    fn change_frontends(
+        &mut self,
+        address: IpAddr,
+        edit: impl FnOnce(&mut Frontends),
+    ) -> Result<(), TableError> {
+        let prefix = IpNet::from(address);
+        let before = self.rows.get(&prefix).copied().unwrap_or_default();
+        self.change(prefix, |row| {
+            edit(&mut row.frontends);
+            row.found = None;
+        })
+        .inspect_err(|_| {
+            if let Some(row) = self.rows.get_mut(&prefix) {
+                (row.frontends, row.found) = (before.frontends, before.found);
+            }
+        })
     }
 
     /// Removes every entry that was found at start and that nobody has asked for since. Only once
@@ -169,17 +276,21 @@ impl Ipcache {
     ///
     /// The first of the kernel's, after all have been tried.
     pub fn prune(&mut self) -> Result<usize, TableError> {
-        let stale: Vec<IpNet> = self
+        let forgotten = |row: &Row| Row {
+            found: None,
+            ..*row
+        };
+        let stale: Vec<(IpNet, bool)> = self
             .rows
             .iter()
-            .filter(|(_, row)| row.wanted().is_none())
-            .map(|(prefix, _)| *prefix)
+            .filter(|(_, row)| row.found.is_some() || row.wanted().is_none())
+            .map(|(prefix, row)| (*prefix, forgotten(row).wanted().is_none()))
             .collect();
         let mut failed = None;
         let mut removed = 0;
-        for prefix in stale {
-            match self.change(prefix, |_| ()) {
-                Ok(()) => removed += 1,
+        for (prefix, is_removed) in stale {
+            match self.change(prefix, |row| row.found = None) {
+                Ok(()) => removed += usize::from(is_removed),
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
@@ -299,6 +410,7 @@ fn read<A: Address + aya::Pod>(
         rows.insert(
             prefix,
             Row {
+                found: Some(entry).filter(|entry| entry.flags & flag::FRONTENDS != 0),
                 written: Some(entry),
                 ..Row::default()
             },

@@ -22,7 +22,7 @@ pub use config::{ConfigTable, NodeConfig, usable_addresses};
 pub use endpoints::{EndpointRow, EndpointTable};
 pub use ipcache::Ipcache;
 pub use next_hops::{Hop, HopRef, NextHops};
-pub use services::{AppliedService, Services};
+pub use services::{AffinityTable, AppliedService, Services};
 
 use super::sys::{self, Cursor, RawMap};
 

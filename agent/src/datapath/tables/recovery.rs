@@ -15,14 +15,14 @@ use super::{
     numbers::Numbers,
     regions::Regions,
     services::{
-        BACKEND_WORDS, BACKENDS, FRONTENDS_V4, FRONTENDS_V6, FrontendAddress, FrontendMaps, Port,
-        Row, SERVICE_STATE,
+        AffinityTable, BACKEND_WORDS, BACKENDS, FRONTENDS_V4, FRONTENDS_V6, FrontendAddress,
+        FrontendMaps, Port, Row, SERVICE_STATE, Set,
     },
     slots::Slots,
 };
 use crate::{
     datapath::{mapped::MappedArray, sys},
-    model::BackendAddress,
+    model::{BackendAddress, EndpointSet},
 };
 
 /// Where to read.
@@ -33,11 +33,13 @@ pub(super) struct Source<'a> {
     pub backends: &'a mut MappedArray,
     pub backends_max: u32,
     pub slots: &'a mut Slots,
+    pub affinity: &'a mut AffinityTable,
 }
 
 /// What was found.
 pub(super) struct Found {
     pub ports: HashMap<u32, Port>,
+    /// The row of `SERVICE_STATE` that each leads to.
     pub owners: HashMap<FrontendAddress, u32>,
     pub numbers: Numbers,
     pub backend_numbers: Numbers,
@@ -54,23 +56,31 @@ pub(super) fn recover(source: Source<'_>) -> Result<Found, TableError> {
     let mut ports = HashMap::new();
     let mut numbers = Vec::new();
     for number in 1..source.services_max {
-        let word = read_state(source.state, number)
-            .map_err(|error| TableError::kernel(SERVICE_STATE, number, error))?;
-        if word.flags() & service::flag::IN_USE == 0 {
-            continue;
-        }
-        let region = (word.first_slot(), word.slots());
-        numbers.push(number);
-        ports.insert(
+        let mut port = Port {
             number,
-            Port {
-                number,
+            ..Port::default()
+        };
+        for set in EndpointSet::ALL {
+            let row = service::state_row(number, set.number());
+            let word = read_state(source.state, row)
+                .map_err(|error| TableError::kernel(SERVICE_STATE, row, error))?;
+            if word.flags() & service::flag::IN_USE == 0 {
+                continue;
+            }
+            let region = (word.first_slot(), word.slots());
+            port.sets[set.number() as usize] = Set {
                 word,
                 region: regions.reserve(region.0, region.1).then_some(region),
                 unverified: true,
-                ..Port::default()
-            },
-        );
+            };
+            if word.flags() & service::flag::AFFINITY != 0 {
+                port.affinity = source.affinity.timeout(number)?;
+            }
+        }
+        if port.sets.iter().any(|set| set.unverified) {
+            numbers.push(number);
+            ports.insert(number, port);
+        }
     }
 
     let (mut backend_numbers, mut stray_backends) = (Vec::new(), Vec::new());
@@ -90,6 +100,8 @@ pub(super) fn recover(source: Source<'_>) -> Result<Found, TableError> {
                 },
                 number,
                 state: row.state,
+                sets: row.sets,
+                written_sets: row.sets,
             }),
             None => stray_backends.push(number),
         }
@@ -98,22 +110,23 @@ pub(super) fn recover(source: Source<'_>) -> Result<Found, TableError> {
     let mut owners = HashMap::new();
     read_frontends(&source.frontends.v4, FRONTENDS_V4, &mut owners)?;
     read_frontends(&source.frontends.v6, FRONTENDS_V6, &mut owners)?;
-    owners.retain(|_, number| (1..source.services_max).contains(number));
-    for (frontend, number) in &owners {
-        if let Some(port) = ports.get_mut(number) {
+    let numbers_there_are = 1..source.services_max;
+    owners.retain(|_, row| numbers_there_are.contains(&service::service_port_of_row(*row)));
+    for (frontend, row) in &owners {
+        let number = service::service_port_of_row(*row);
+        if let Some(port) = ports.get_mut(&number) {
             port.found.push(*frontend);
         } else {
             // A frontend without its port: keep the number from being given to another port.
             ports.insert(
-                *number,
+                number,
                 Port {
-                    number: *number,
+                    number,
                     found: vec![*frontend],
-                    unverified: true,
                     ..Port::default()
                 },
             );
-            numbers.push(*number);
+            numbers.push(number);
         }
     }
     numbers.sort_unstable();
@@ -152,8 +165,7 @@ fn finish_backends(port: &mut Port, stray: &mut Vec<u32>) {
     });
 }
 
-fn read_state(state: &mut MappedArray, number: u32) -> io::Result<ServiceState> {
-    let row = service::state_row(number, service::endpoint_set::CLUSTER);
+fn read_state(state: &mut MappedArray, row: u32) -> io::Result<ServiceState> {
     let words = state.words(row)?;
     Ok(ServiceState(words[0].load(Ordering::Acquire)))
 }
@@ -183,7 +195,7 @@ where
                 protocol: key.protocol,
                 scope: key.scope,
             },
-            service::service_port_of_row(row),
+            row,
         );
     }
     Ok(())

@@ -10,7 +10,7 @@ use weir_common::{
 use super::{super::TableError, BACKENDS, Port, Services, numbers::Retired};
 use crate::{
     datapath::sys,
-    model::{BackendAddress, BackendState, ServicePort},
+    model::{self, BackendAddress, BackendState, EndpointSet, ServicePort},
 };
 
 /// A backend that has a row.
@@ -19,11 +19,32 @@ pub(in super::super) struct Row {
     pub address: BackendAddress,
     pub number: u32,
     pub state: u8,
+    /// The sets whose slots name it, a bit for each.
+    pub sets: u8,
+    /// As the row says in the kernel: for a while it is in the sets before and after a change.
+    pub written_sets: u8,
+}
+
+impl Row {
+    pub fn is_in(&self, set: EndpointSet) -> bool {
+        self.sets & set_bit(set) != 0
+    }
+}
+
+const fn set_bit(set: EndpointSet) -> u8 {
+    1 << set.number()
+}
+
+fn sets_of(backend: &model::Backend) -> u8 {
+    let sets = EndpointSet::ALL.into_iter();
+    sets.filter(|set| backend.is_in(*set))
+        .fold(0, |bits, set| bits | set_bit(set))
 }
 
 impl Services {
     /// The rows that `desired` needs, by address: those that stay, with their state brought up to
-    /// date, and new ones, written. The numbers of the new ones are the second part.
+    /// date and the sets that they come to added, and new ones, written. The numbers of the new ones
+    /// are the second part.
     pub(super) fn place_backends(
         &mut self,
         port: &mut Port,
@@ -36,28 +57,43 @@ impl Services {
                 BackendState::Active => backend_state::ACTIVE,
                 BackendState::Terminating => backend_state::TERMINATING,
             };
+            let sets = sets_of(backend);
             let present = port
                 .backends
-                .binary_search_by_key(&address, |row| row.address)
-                .ok()
-                .map(|at| port.backends[at]);
+                .binary_search_by_key(&address, |row| row.address);
             let placed = match present {
-                Some(row) if row.state == state => Ok(row),
-                Some(row) => self
-                    .write_backend(row.number, |backend| backend.state = state)
-                    .map(|()| Row { state, ..row }),
-                None => self.allocate_backend().and_then(|number| {
+                Ok(at) => {
+                    let row = &mut port.backends[at];
+                    let written_sets = row.written_sets | sets;
+                    let is_written = row.state == state && row.written_sets == written_sets;
+                    let result = if is_written {
+                        Ok(())
+                    } else {
+                        self.write_backend(row.number, |backend| {
+                            backend.state = state;
+                            backend.sets = written_sets;
+                        })
+                    };
+                    result.map(|()| {
+                        (row.state, row.written_sets) = (state, written_sets);
+                        Row { sets, ..*row }
+                    })
+                }
+                Err(_) => self.allocate_backend().and_then(|number| {
                     added.push(number);
                     let row = Row {
                         address,
                         number,
                         state,
+                        sets,
+                        written_sets: sets,
                     };
                     self.write_backend(number, |backend| {
                         *backend = Backend {
                             address: Ipv6::from_ip(address.address),
                             port: PortNumber::new(address.port),
                             state,
+                            sets,
                             generation: backend.generation.wrapping_add(1),
                             service_port: port.number,
                             ..Backend::default()
@@ -69,14 +105,31 @@ impl Services {
             match placed {
                 Ok(row) => rows.push(row),
                 Err(error) => {
-                    port.leaving.extend(added);
-                    // What cannot be freed now is tried again with the rest.
-                    let _ = self.free_backends(&mut port.leaving);
+                    self.give_up(port, added);
                     return Err(error);
                 }
             }
         }
         Ok((rows, added))
+    }
+
+    /// Frees new rows that nothing has come to lead to.
+    pub(super) fn give_up(&mut self, port: &mut Port, added: Vec<u32>) {
+        port.leaving.extend(added);
+        // What cannot be freed now is tried again with the rest.
+        let _ = self.free_backends(&mut port.leaving);
+    }
+
+    /// Takes the rows out of the sets that they have left.
+    pub(super) fn leave_sets(&mut self, port: &mut Port) -> Result<(), TableError> {
+        for row in &mut port.backends {
+            if row.written_sets != row.sets {
+                let sets = row.sets;
+                self.write_backend(row.number, |backend| backend.sets = sets)?;
+                row.written_sets = sets;
+            }
+        }
+        Ok(())
     }
 
     /// Frees rows; those that cannot be freed stay in the list.
@@ -96,14 +149,15 @@ impl Services {
     pub(super) fn free_backend(&mut self, number: u32) -> Result<(), TableError> {
         self.write_backend(number, |backend| {
             backend.state = backend_state::FREE;
+            backend.sets = 0;
             backend.generation = backend.generation.wrapping_add(1);
         })?;
         self.quarantine.retire(Retired::Backend(number));
         Ok(())
     }
 
-    /// Changes a row. Port, state and generation share a word, so that a state and a generation
-    /// change in one store.
+    /// Changes a row. Port, state, sets and generation share a word, so that they change in one
+    /// store.
     pub(super) fn write_backend(
         &mut self,
         number: u32,

@@ -1,6 +1,10 @@
 //! What leads to a Service port: rows of `FRONTENDS_*`, who owns each, and who else wants it.
 
-use std::{collections::BTreeSet, io, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use weir_common::{
@@ -12,52 +16,81 @@ use super::{
     super::{Ipcache, TableError, io_error, is_full},
     FRONTENDS_V4, FRONTENDS_V6, Port, Services,
 };
-use crate::model::{FrontendKind, ServicePort, ServicePortKey};
+use crate::{
+    model::{EndpointSet, FrontendKind, ServicePort, ServicePortKey},
+    objects::Family,
+};
 
 /// A frontend of either family as its map's key has it.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub(in super::super) struct FrontendAddress {
+    /// Unspecified: every address of this node.
     pub address: IpAddr,
     pub port: u16,
     pub protocol: u8,
     pub scope: u8,
 }
 
+/// What stands behind a frontend.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(in super::super) struct Target {
+    pub set: EndpointSet,
+    pub kind: FrontendKind,
+}
+
+impl Target {
+    fn row(self, number: u32) -> u32 {
+        service::state_row(number, self.set.number())
+    }
+}
+
 pub(super) fn frontends_of(
     key: &ServicePortKey,
     desired: &ServicePort,
-) -> BTreeSet<FrontendAddress> {
-    desired
-        .frontends
-        .iter()
-        .map(|frontend| FrontendAddress {
-            address: frontend.address,
+) -> BTreeMap<FrontendAddress, Target> {
+    let every_address = match key.family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let frontends = desired.frontends.iter().map(|frontend| {
+        let address = FrontendAddress {
+            address: frontend.address.unwrap_or(every_address),
             port: frontend.port,
             protocol: key.protocol.number(),
-            scope: match frontend.kind {
-                FrontendKind::ClusterIp => service::scope::INSIDE,
-            },
-        })
-        .collect()
+            scope: frontend.scope.number(),
+        };
+        let target = Target {
+            set: frontend.set,
+            kind: frontend.kind,
+        };
+        (address, target)
+    });
+    frontends.collect()
 }
 
 impl Services {
     pub(super) fn update_frontends(
         &mut self,
         port: &mut Port,
-        wanted: BTreeSet<FrontendAddress>,
+        wanted: &BTreeMap<FrontendAddress, Target>,
         ipcache: &mut Ipcache,
     ) -> Result<(), TableError> {
-        for &frontend in &wanted {
-            if !port.frontends.contains(&frontend) {
-                self.claim(frontend, port.number, ipcache)?;
-                port.frontends.insert(frontend);
+        for (&frontend, &target) in wanted {
+            match port.frontends.get(&frontend).copied() {
+                Some(known) if known == target => continue,
+                Some(known) => self.redirect(frontend, port.number, (known, target), ipcache)?,
+                None => self.claim(frontend, port.number, target, ipcache)?,
             }
+            port.frontends.insert(frontend, target);
         }
-        self.drop_found(port, &wanted)?;
-        let unwanted: Vec<FrontendAddress> = port.frontends.difference(&wanted).copied().collect();
-        for frontend in unwanted {
-            self.release(frontend, port.number, ipcache)?;
+        self.drop_found(port, wanted)?;
+        let known = port.frontends.iter();
+        let unwanted: Vec<(FrontendAddress, Target)> = known
+            .filter(|(frontend, _)| !wanted.contains_key(frontend))
+            .map(|(frontend, target)| (*frontend, *target))
+            .collect();
+        for (frontend, target) in unwanted {
+            self.release(frontend, port.number, target, ipcache)?;
             port.frontends.remove(&frontend);
         }
         Ok(())
@@ -68,18 +101,18 @@ impl Services {
     pub(super) fn drop_found(
         &mut self,
         port: &mut Port,
-        wanted: &BTreeSet<FrontendAddress>,
+        wanted: &BTreeMap<FrontendAddress, Target>,
     ) -> Result<(), TableError> {
         let (number, claimed) = (port.number, &port.frontends);
         let mut failed = None;
         port.found.retain(|frontend| {
-            if wanted.contains(frontend) || claimed.contains(frontend) {
+            if wanted.contains_key(frontend) || claimed.contains_key(frontend) {
                 return false;
             }
-            if self.owners.get(frontend) != Some(&number) {
+            if self.owner(*frontend) != Some(number) {
                 // Another port has claimed it; it is not to come back.
                 if let Some(others) = self.waiting.get_mut(frontend) {
-                    others.retain(|&other| other != number);
+                    others.retain(|&other| service::service_port_of_row(other) != number);
                 }
                 return false;
             }
@@ -97,38 +130,94 @@ impl Services {
         failed.map_or(Ok(()), Err)
     }
 
+    /// The number of the port that a frontend leads to in the kernel.
+    pub(super) fn owner(&self, frontend: FrontendAddress) -> Option<u32> {
+        let row = self.owners.get(&frontend)?;
+        Some(service::service_port_of_row(*row))
+    }
+
     /// Makes a frontend lead to port `number`. Another port that wants it too waits.
-    pub(super) fn claim(
+    fn claim(
         &mut self,
         frontend: FrontendAddress,
         number: u32,
+        target: Target,
         ipcache: &mut Ipcache,
     ) -> Result<(), TableError> {
-        ipcache.add_frontend(frontend.address)?;
-        let owner = self.owners.get(&frontend).copied();
-        if owner == Some(number) {
+        let exact = frontend.exact_address();
+        if let Some(address) = exact {
+            ipcache.add_frontend(address, target.kind)?;
+        }
+        let row = target.row(number);
+        let before = self.owners.get(&frontend).copied();
+        if before == Some(row) {
             return Ok(());
         }
-        if let Err(error) = self.frontends.insert(frontend, number) {
-            ipcache.undo_add_frontend(frontend.address);
+        if let Err(error) = self.frontends.insert(frontend, row) {
+            if let Some(address) = exact {
+                ipcache.undo_add_frontend(address, target.kind);
+            }
             return Err(error);
         }
-        self.owners.insert(frontend, number);
-        if let Some(owner) = owner.filter(|owner| !self.orphans.contains_key(owner)) {
-            self.waiting.entry(frontend).or_default().push(owner);
+        self.owners.insert(frontend, row);
+        let is_other = |row: &u32| {
+            let owner = service::service_port_of_row(*row);
+            owner != number && !self.orphans.contains_key(&owner)
+        };
+        if let Some(other) = before.filter(is_other) {
+            self.waiting.entry(frontend).or_default().push(other);
         }
         Ok(())
     }
 
-    /// Gives a frontend up; a port that waits for it gets it in the same update.
-    pub(super) fn release(
+    /// Makes a frontend of port `number` lead to another set of the port, or be of another kind: one
+    /// update, so that it is never missing.
+    fn redirect(
         &mut self,
         frontend: FrontendAddress,
         number: u32,
+        (before, after): (Target, Target),
+        ipcache: &mut Ipcache,
+    ) -> Result<(), TableError> {
+        if let Some(address) = frontend.exact_address() {
+            ipcache.change_frontend(address, before.kind, after.kind)?;
+        }
+        let row = after.row(number);
+        let result = if self.owner(frontend) == Some(number) {
+            self.frontends.insert(frontend, row)
+        } else {
+            let others = self.waiting.get_mut(&frontend).into_iter().flatten();
+            for other in others {
+                if service::service_port_of_row(*other) == number {
+                    *other = row;
+                }
+            }
+            return Ok(());
+        };
+        match result {
+            Ok(()) => {
+                self.owners.insert(frontend, row);
+                Ok(())
+            }
+            Err(error) => {
+                if let Some(address) = frontend.exact_address() {
+                    ipcache.undo_change_frontend(address, before.kind, after.kind);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives a frontend up; a port that waits for it gets it in the same update.
+    fn release(
+        &mut self,
+        frontend: FrontendAddress,
+        number: u32,
+        target: Target,
         ipcache: &mut Ipcache,
     ) -> Result<(), TableError> {
         let mut others = self.waiting.remove(&frontend).unwrap_or_default();
-        if self.owners.get(&frontend) == Some(&number) {
+        if self.owner(frontend) == Some(number) {
             let (result, owner) = match others.last().copied() {
                 Some(next) => (self.frontends.insert(frontend, next), Some(next)),
                 None => (self.frontends.delete(frontend), None),
@@ -149,12 +238,15 @@ impl Services {
                 }
             }
         } else {
-            others.retain(|&other| other != number);
+            others.retain(|&other| service::service_port_of_row(other) != number);
         }
         if !others.is_empty() {
             self.waiting.insert(frontend, others);
         }
-        ipcache.remove_frontend(frontend.address)
+        match frontend.exact_address() {
+            Some(address) => ipcache.remove_frontend(address, target.kind),
+            None => Ok(()),
+        }
     }
 }
 
@@ -167,8 +259,7 @@ pub(in super::super) struct FrontendMaps {
 }
 
 impl FrontendMaps {
-    fn insert(&mut self, frontend: FrontendAddress, number: u32) -> Result<(), TableError> {
-        let row = service::state_row(number, service::endpoint_set::CLUSTER);
+    fn insert(&mut self, frontend: FrontendAddress, row: u32) -> Result<(), TableError> {
         let (map, result) = match frontend.address {
             IpAddr::V4(v4) => {
                 let key = frontend.key(Ipv4::from(v4));
@@ -215,6 +306,11 @@ fn is_absent(error: &io::Error) -> bool {
 }
 
 impl FrontendAddress {
+    /// The address, unless it stands for all of the node.
+    fn exact_address(self) -> Option<IpAddr> {
+        Some(self.address).filter(|address| !address.is_unspecified())
+    }
+
     fn key<A>(self, address: A) -> FrontendKey<A> {
         FrontendKey {
             address,

@@ -1,33 +1,39 @@
 //! The writer of the service tables: `FRONTENDS_*`, `SERVICE_STATE`, `SLOTS` and `BACKENDS`.
 //!
-//! A change is made in this order: rows of new backends, a free region of slots, the word that
-//! switches to it, then frontends; what the word no longer leads to is freed last, and used again
-//! only after an RCU grace period. Removing goes the other way. So a packet sees the port as it
-//! was or as it is, and a frontend never leads to nothing.
+//! A Service port has a set of endpoints for each traffic policy that one of its frontends has; a
+//! frontend leads to the row of its set in `SERVICE_STATE`.
+//!
+//! A change is made in this order: rows of new backends, free regions of slots, the words that
+//! switch to them, then frontends, then the words of sets that no frontend leads to any more; what
+//! no word leads to is freed last, and used again only after an RCU grace period. Removing goes the
+//! other way. So a packet sees each set as it was or as it is, and a frontend never leads to nothing.
 
+mod affinity;
 mod backends;
 mod frontends;
 mod numbers;
 mod switch;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use weir_common::{
     Ipv4, Ipv6,
     limits::SLOT_CHUNKS_MAX,
-    service::{FrontendKey, ServiceState},
+    service::{FrontendKey, endpoint_set},
 };
 
+pub use self::affinity::AffinityTable;
 pub(super) use self::{
     backends::{BACKEND_WORDS, Row},
-    frontends::{FrontendAddress, FrontendMaps},
+    frontends::{FrontendAddress, FrontendMaps, Target},
+    switch::Set,
 };
 use self::{frontends::frontends_of, numbers::Retired};
 use super::{Ipcache, TableError, numbers::Numbers, recovery, regions::Regions, slots::Slots};
 use crate::{
     datapath::{grace::Quarantine, mapped::MappedArray, sys::RawMap},
-    model::{BackendAddress, ServicePort, ServicePortKey},
+    model::{BackendAddress, EndpointSet, ServicePort, ServicePortKey},
 };
 
 pub(super) const FRONTENDS_V4: &str = "FRONTENDS_V4";
@@ -47,7 +53,7 @@ pub struct ServiceMaps {
     pub frontends_max: u32,
     /// `SERVICE_STATE`.
     pub state: MappedArray,
-    /// Its size.
+    /// Numbers of Service ports in it.
     pub services_max: u32,
     /// `BACKENDS`.
     pub backends: MappedArray,
@@ -55,6 +61,8 @@ pub struct ServiceMaps {
     pub backends_max: u32,
     /// `SLOTS`.
     pub slots: RawMap,
+    /// `AFFINITY` and `AFFINITY_TIMEOUTS`.
+    pub affinity: AffinityTable,
 }
 
 /// What [`Services::apply`] has put into the kernel.
@@ -62,8 +70,10 @@ pub struct ServiceMaps {
 pub struct AppliedService {
     /// Number of the Service port.
     pub number: u32,
-    /// Slots in its region; 0 without endpoints.
+    /// Slots in the region of the set for policy `Cluster`; 0 without endpoints.
     pub slots: u32,
+    /// The same of the set for policy `Local`.
+    pub local_slots: u32,
     /// Number of each backend.
     pub backends: BTreeMap<BackendAddress, u32>,
 }
@@ -81,6 +91,8 @@ pub struct ServiceFill {
     pub backends: (u32, u32),
     /// Chunks of `SLOTS`.
     pub slot_chunks: (u32, u32),
+    /// `AFFINITY`, at the last complete sweep.
+    pub affinity: (u32, u32),
     /// Rows and regions that wait for a grace period.
     pub quarantined: u32,
 }
@@ -89,19 +101,24 @@ pub struct ServiceFill {
 #[derive(Debug, Default)]
 pub(super) struct Port {
     pub number: u32,
-    pub word: ServiceState,
-    /// First slot and slots of the region that `word` names and that is this port's own.
-    pub region: Option<(u32, u32)>,
+    /// By [`EndpointSet::number`].
+    pub sets: [Set; endpoint_set::COUNT as usize],
     /// By address.
     pub backends: Vec<Row>,
     /// Frontends that this port wants and has claimed.
-    pub frontends: BTreeSet<FrontendAddress>,
+    pub frontends: BTreeMap<FrontendAddress, Target>,
     /// Frontends found at start that have not been claimed.
     pub found: Vec<FrontendAddress>,
     /// Rows of backends that no slot names any more and that are still to be freed.
     pub leaving: Vec<u32>,
-    /// Found at start: the content of the region is not known.
-    pub unverified: bool,
+    /// Seconds in `AFFINITY_TIMEOUTS`.
+    pub affinity: u32,
+}
+
+impl Port {
+    pub fn set(&self, set: EndpointSet) -> Set {
+        self.sets[set.number() as usize]
+    }
 }
 
 /// See the module.
@@ -120,10 +137,11 @@ pub struct Services {
     orphans: HashMap<u32, Port>,
     /// Backends found at start that belong to no Service port.
     stray_backends: Vec<u32>,
-    /// The port that a frontend leads to in the kernel.
+    /// The row of `SERVICE_STATE` that a frontend leads to in the kernel.
     owners: HashMap<FrontendAddress, u32>,
-    /// Other ports that want the same frontend; normally empty.
+    /// Rows of other ports that want the same frontend; normally empty.
     waiting: HashMap<FrontendAddress, Vec<u32>>,
+    affinity: AffinityTable,
     scratch: Vec<u32>,
 }
 
@@ -149,6 +167,7 @@ impl Services {
             backends: &mut maps.backends,
             backends_max: maps.backends_max,
             slots: &mut slots,
+            affinity: &mut maps.affinity,
         })?;
         Ok(Self {
             frontends,
@@ -165,6 +184,7 @@ impl Services {
             stray_backends: found.stray_backends,
             owners: found.owners,
             waiting: HashMap::new(),
+            affinity: maps.affinity,
             scratch: Vec::new(),
         })
     }
@@ -200,11 +220,18 @@ impl Services {
             },
         };
         let result = self
-            .update_backends(&mut port, desired)
-            .and_then(|()| self.update_frontends(&mut port, wanted, ipcache));
+            .begin_affinity(&mut port, desired)
+            .and_then(|()| self.update_backends(&mut port, desired))
+            .and_then(|()| self.update_frontends(&mut port, &wanted, ipcache))
+            .and_then(|()| self.clear_sets(&mut port, desired))
+            .and_then(|()| match desired.affinity {
+                Some(_) => Ok(()),
+                None => self.end_affinity(&mut port),
+            });
         let applied = AppliedService {
             number: port.number,
-            slots: port.word.slots(),
+            slots: port.set(EndpointSet::Cluster).word.slots(),
+            local_slots: port.set(EndpointSet::Local).word.slots(),
             backends: port
                 .backends
                 .iter()
@@ -230,7 +257,7 @@ impl Services {
                 continue;
             };
             let result = self
-                .drop_found(&mut port, &BTreeSet::new())
+                .drop_found(&mut port, &BTreeMap::new())
                 .and_then(|()| self.dissolve(&mut port));
             match result {
                 Ok(()) => removed += 1,
@@ -259,6 +286,7 @@ impl Services {
             services: (self.numbers.used(), self.numbers.total()),
             backends: (self.backend_numbers.used(), self.backend_numbers.total()),
             slot_chunks: (self.slots.len(), SLOT_CHUNKS_MAX),
+            affinity: self.affinity.fill(),
             quarantined: self.quarantine.len() as u32,
         }
     }
@@ -268,7 +296,7 @@ impl Services {
             return Ok(());
         };
         let result = self
-            .update_frontends(&mut port, BTreeSet::new(), ipcache)
+            .update_frontends(&mut port, &BTreeMap::new(), ipcache)
             .and_then(|()| self.dissolve(&mut port));
         if result.is_err() {
             self.ports.insert(key.clone(), port);
@@ -279,11 +307,10 @@ impl Services {
     /// Frees all of a port that no frontend leads to. A port of which something could not be
     /// freed still has just that.
     fn dissolve(&mut self, port: &mut Port) -> Result<(), TableError> {
-        self.store_state(port.number, ServiceState::default())?;
-        port.word = ServiceState::default();
-        if let Some((start, slots)) = port.region.take() {
-            self.quarantine.retire(Retired::Region(start, slots));
+        for set in EndpointSet::ALL {
+            self.clear_set(port, set)?;
         }
+        self.end_affinity(port)?;
         let backends = std::mem::take(&mut port.backends);
         port.leaving.extend(backends.iter().map(|row| row.number));
         self.free_backends(&mut port.leaving)?;
@@ -292,10 +319,40 @@ impl Services {
     }
 
     /// A port found at start that one of the frontends leads to.
-    fn adopt(&mut self, wanted: &BTreeSet<FrontendAddress>) -> Option<Port> {
+    fn adopt(&mut self, wanted: &BTreeMap<FrontendAddress, Target>) -> Option<Port> {
         wanted
-            .iter()
-            .filter_map(|frontend| self.owners.get(frontend).copied())
+            .keys()
+            .filter_map(|frontend| self.owner(*frontend))
+            .collect::<Vec<_>>()
+            .into_iter()
             .find_map(|number| self.orphans.remove(&number))
+    }
+
+    /// The time stands before the words say that there is one.
+    fn begin_affinity(&mut self, port: &mut Port, desired: &ServicePort) -> Result<(), TableError> {
+        if let Some(seconds) = desired.affinity.filter(|seconds| *seconds != port.affinity) {
+            self.affinity.set_timeout(port.number, seconds)?;
+            port.affinity = seconds;
+        }
+        Ok(())
+    }
+
+    /// No word says any more that the port has affinity: nothing of it stays.
+    fn end_affinity(&mut self, port: &mut Port) -> Result<(), TableError> {
+        if port.affinity != 0 {
+            self.affinity.set_timeout(port.number, 0)?;
+            self.affinity.forget(port.number)?;
+            port.affinity = 0;
+        }
+        Ok(())
+    }
+
+    /// See [`AffinityTable::sweep`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn sweep_affinity(&mut self, now: u32, budget: u32) -> std::io::Result<u32> {
+        self.affinity.sweep(now, budget)
     }
 }
