@@ -14,17 +14,21 @@ use std::{
 
 use aya::{
     Pod,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapInfo},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapInfo, lpm_trie},
 };
 use aya_obj::generated::{BPF_F_RDONLY, bpf_attr, bpf_cmd};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use weir_agent::{
     datapath::{Datapath, DatapathOptions},
-    model::{Backend, BackendAddress, BackendState, Frontend, ServicePort, ServicePortKey},
+    model::{
+        Backend, BackendAddress, BackendState, EndpointSet, Frontend, Scope, ServicePort,
+        ServicePortKey,
+    },
     objects::{Family, ObjectName, Protocol},
 };
 use weir_common::{
     Ipv4, Ipv6,
+    ipcache::IpcacheEntry,
     service::{self, FrontendKey, ServiceState, SlotIndex},
 };
 
@@ -95,9 +99,16 @@ impl BpfFs {
 
     /// Number of the Service port that a frontend leads to in the kernel.
     pub fn frontend(&self, family: Family, index: u32, port: u16) -> Option<u32> {
+        self.frontend_row(cluster_ip(family, index), port, Scope::Inside)
+            .map(service::service_port_of_row)
+    }
+
+    /// Row of `SERVICE_STATE` that a frontend leads to in the kernel; the unspecified address stands
+    /// for all of the node.
+    pub fn frontend_row(&self, address: IpAddr, port: u16, scope: Scope) -> Option<u32> {
         let port = weir_common::Port::new(port);
-        let (protocol, scope) = (weir_common::protocol::TCP, service::scope::INSIDE);
-        match cluster_ip(family, index) {
+        let (protocol, scope) = (weir_common::protocol::TCP, scope.number());
+        match address {
             IpAddr::V4(v4) => {
                 let key = FrontendKey {
                     address: Ipv4::from(v4),
@@ -105,10 +116,8 @@ impl BpfFs {
                     protocol,
                     scope,
                 };
-                self.hash::<FrontendKey<Ipv4>, u32>("FRONTENDS_V4")
-                    .get(&key, 0)
-                    .ok()
-                    .map(service::service_port_of_row)
+                let map = self.hash::<FrontendKey<Ipv4>, u32>("FRONTENDS_V4");
+                map.get(&key, 0).ok()
             }
             IpAddr::V6(v6) => {
                 let key = FrontendKey {
@@ -117,20 +126,40 @@ impl BpfFs {
                     protocol,
                     scope,
                 };
-                self.hash::<FrontendKey<Ipv6>, u32>("FRONTENDS_V6")
-                    .get(&key, 0)
-                    .ok()
-                    .map(service::service_port_of_row)
+                let map = self.hash::<FrontendKey<Ipv6>, u32>("FRONTENDS_V6");
+                map.get(&key, 0).ok()
+            }
+        }
+    }
+
+    /// What the ipcache says of an address itself.
+    pub fn ipcache(&self, address: IpAddr) -> Option<IpcacheEntry> {
+        match address {
+            IpAddr::V4(v4) => {
+                let trie = self.trie::<Ipv4, IpcacheEntry>("IPCACHE_V4");
+                trie.get(&lpm_trie::Key::new(32, v4.into()), 0).ok()
+            }
+            IpAddr::V6(v6) => {
+                let trie = self.trie::<Ipv6, IpcacheEntry>("IPCACHE_V6");
+                trie.get(&lpm_trie::Key::new(128, v6.into()), 0).ok()
             }
         }
     }
 
     pub fn state(&self, number: u32) -> ServiceState {
+        self.state_of(number, EndpointSet::Cluster)
+    }
+
+    pub fn state_of(&self, number: u32, set: EndpointSet) -> ServiceState {
         self.array::<ServiceState>("SERVICE_STATE")
-            .get(
-                &service::state_row(number, service::endpoint_set::CLUSTER),
-                0,
-            )
+            .get(&service::state_row(number, set.number()), 0)
+            .unwrap()
+    }
+
+    /// Seconds of session affinity.
+    pub fn affinity_timeout(&self, number: u32) -> u32 {
+        self.array::<u32>("AFFINITY_TIMEOUTS")
+            .get(&number, 0)
             .unwrap()
     }
 
@@ -142,7 +171,12 @@ impl BpfFs {
 
     /// Slots of each backend, as a program would find them.
     pub fn spread(&self, number: u32) -> BTreeMap<u32, u32> {
-        let word = self.state(number);
+        self.spread_of(number, EndpointSet::Cluster)
+    }
+
+    /// The same of one set.
+    pub fn spread_of(&self, number: u32, set: EndpointSet) -> BTreeMap<u32, u32> {
+        let word = self.state_of(number, set);
         let outer: aya::maps::ArrayOfMaps<MapData, Array<MapData, u64>> =
             self.map("SLOTS").try_into().unwrap();
         let mut spread = BTreeMap::new();
