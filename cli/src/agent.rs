@@ -8,8 +8,8 @@ use tonic::{Code, Status, transport::Channel};
 use weir_api::{
     ConnectError,
     v1::{
-        Endpoint, ListEndpointsRequest, ListNodesRequest, ListServicesRequest, Node, ServicePort,
-        StatusRequest, WaitAppliedRequest, weir_client::WeirClient,
+        Endpoint, ListEndpointsRequest, ListNodesRequest, ListServicesRequest, Node, PortMapping,
+        ServicePort, StatusRequest, WaitAppliedRequest, weir_client::WeirClient,
     },
 };
 
@@ -153,6 +153,7 @@ fn endpoint_table(endpoints: &[Endpoint]) -> Table {
         "POD",
         "INTERFACE",
         "ADDRESSES",
+        "HOST PORTS",
         "DEVICE",
         "IFINDEX",
         "CONTAINER",
@@ -170,6 +171,7 @@ fn endpoint_table(endpoints: &[Endpoint]) -> Table {
             output::or_dash(&endpoint.pod_name).into(),
             endpoint.ifname.as_str().into(),
             Cell::lines(endpoint.addresses.iter().cloned()),
+            host_ports(&endpoint.host_ports),
             endpoint.host_ifname.as_str().into(),
             Cell::number(endpoint.host_ifindex),
             // As `crictl` and `docker` shorten them.
@@ -183,6 +185,24 @@ fn endpoint_table(endpoints: &[Endpoint]) -> Table {
         ]);
     }
     table
+}
+
+/// Ports of the node, and where in the pod they lead: `192.0.2.1:8080->80/TCP`.
+fn host_ports(mappings: &[PortMapping]) -> Cell {
+    if mappings.is_empty() {
+        return output::or_dash("").into();
+    }
+    Cell::lines(mappings.iter().map(|mapping| {
+        let address = match mapping.host_ip.as_str() {
+            "" => String::new(),
+            v6 if v6.contains(':') => format!("[{v6}]:"),
+            v4 => format!("{v4}:"),
+        };
+        format!(
+            "{address}{}->{}/{}",
+            mapping.host_port, mapping.container_port, mapping.protocol
+        )
+    }))
 }
 
 /// `weir node list`.
@@ -344,9 +364,27 @@ mod tests {
             state: "ready".into(),
             ..Endpoint::default()
         };
-        let text = endpoint_table(&[endpoint]).render(false);
+        let text = endpoint_table(std::slice::from_ref(&endpoint)).render(false);
         assert!(text.contains("0123456789abc "), "{text}");
         assert_eq!(text.lines().count(), 3, "{text}");
+        let mapping = |host_ip: &str| PortMapping {
+            host_port: 8080,
+            container_port: 80,
+            protocol: "TCP".into(),
+            host_ip: host_ip.into(),
+        };
+        let endpoint = Endpoint {
+            host_ports: ["", "192.0.2.1", "fd00::1"].map(mapping).into(),
+            ..endpoint
+        };
+        let text = endpoint_table(&[endpoint]).render(false);
+        for port in [
+            " 8080->80/TCP ",
+            "192.0.2.1:8080->80/TCP",
+            "[fd00::1]:8080->80/TCP",
+        ] {
+            assert!(text.contains(port), "{port}: {text}");
+        }
     }
 
     #[tokio::test]

@@ -4,12 +4,13 @@ use std::{fmt, net::IpAddr, path::Path, time::Duration};
 
 use tonic::{Code, Status, transport::Channel};
 use weir_api::v1::{
-    AllocateRequest, AllocateResponse, CommitRequest, ReleaseRequest, cni_client::CniClient,
+    self, AllocateRequest, AllocateResponse, CommitRequest, ReleaseRequest, cni_client::CniClient,
 };
 
 use crate::{
     environment::Environment,
     error::{CniError, code},
+    port_mappings::PortMapping,
 };
 
 /// An Ethernet address.
@@ -91,6 +92,7 @@ impl Agent {
     pub async fn allocate(
         &mut self,
         environment: &Environment,
+        port_mappings: &[PortMapping],
     ) -> Result<Reservation, NotAllocated> {
         let request = AllocateRequest {
             container_id: environment.container_id.clone(),
@@ -99,6 +101,7 @@ impl Agent {
             pod_namespace: environment.pod_namespace.clone(),
             pod_name: environment.pod_name.clone(),
             pod_uid: environment.pod_uid.clone(),
+            port_mappings: port_mappings.iter().map(in_request).collect(),
         };
         match bounded(self.timeout, self.client.allocate(request)).await {
             Ok(response) => reservation(response.into_inner()).map_err(|error| NotAllocated {
@@ -106,8 +109,11 @@ impl Agent {
                 may_be_reserved: true,
             }),
             Err(status) => Err(NotAllocated {
-                // What an invalid request names may belong to a pod that works.
-                may_be_reserved: status.code() != Code::InvalidArgument,
+                // What a refused request names may belong to a pod that works.
+                may_be_reserved: !matches!(
+                    status.code(),
+                    Code::InvalidArgument | Code::AlreadyExists
+                ),
                 error: self.refused("Allocate", status),
             }),
         }
@@ -173,6 +179,18 @@ impl Agent {
                 status.message(),
             ),
         }
+    }
+}
+
+fn in_request(mapping: &PortMapping) -> v1::PortMapping {
+    v1::PortMapping {
+        host_port: mapping.host_port.into(),
+        container_port: mapping.container_port.into(),
+        protocol: mapping.protocol.to_owned(),
+        host_ip: mapping
+            .host_ip
+            .map(|address| address.to_string())
+            .unwrap_or_default(),
     }
 }
 

@@ -21,7 +21,10 @@ pub async fn add(
     let netns = Netns::open(&environment.netns)?;
     let mut agent =
         Agent::connect(&configuration.agent_socket, configuration.agent_timeout).await?;
-    let reservation = match agent.allocate(environment).await {
+    let reservation = match agent
+        .allocate(environment, &configuration.port_mappings)
+        .await
+    {
         Ok(reservation) => reservation,
         Err(NotAllocated {
             error,

@@ -1,13 +1,15 @@
 //! The network configuration on standard input. Keys that are not ours are accepted (a runtime
-//! adds `runtimeConfig`, `prevResult`, `args` and what later versions bring); a key of ours with a
-//! wrong type is refused by name.
+//! adds `prevResult`, `args` and what later versions bring); a key of ours with a wrong type is
+//! refused by name.
 
 use std::{path::PathBuf, time::Duration};
 
 use serde_json::{Map, Value};
 
 use crate::{
+    environment::Command,
     error::{CniError, code},
+    port_mappings::{self, PortMapping},
     version::Version,
 };
 
@@ -27,15 +29,17 @@ pub struct Configuration {
     pub log_file: Option<PathBuf>,
     /// `agentTimeoutSeconds`, 1 to 60.
     pub agent_timeout: Duration,
+    /// `runtimeConfig.portMappings`; none but for ADD.
+    pub port_mappings: Vec<PortMapping>,
 }
 
 impl Configuration {
-    /// Reads the JSON text.
+    /// Reads the JSON text for a command.
     ///
     /// # Errors
     ///
     /// Code 6 if it is no JSON, 1 for another version, 7 for a wrong field, which it names.
-    pub fn read(text: &str) -> Result<Self, CniError> {
+    pub fn read(text: &str, command: Command) -> Result<Self, CniError> {
         let fields = parse(text)?;
         let version = match string(&fields, "cniVersion")? {
             Some(text) => Version::parse(text).ok_or_else(|| {
@@ -78,6 +82,10 @@ impl Configuration {
             agent_socket: agent_socket.into(),
             log_file: string(&fields, "logFile")?.map(PathBuf::from),
             agent_timeout: timeout(&fields)?,
+            port_mappings: match command {
+                Command::Add => port_mappings::read(&fields)?,
+                Command::Del | Command::Version => Vec::new(),
+            },
         })
     }
 
@@ -140,7 +148,8 @@ fn timeout(fields: &Map<String, Value>) -> Result<Duration, CniError> {
     }
 }
 
-fn kind(value: &Value) -> &'static str {
+/// What kind of value it is, for errors.
+pub fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -151,7 +160,8 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-fn invalid(message: impl Into<String>) -> CniError {
+/// An error of code 7.
+pub fn invalid(message: impl Into<String>) -> CniError {
     CniError::new(code::INVALID_CONFIG, message)
 }
 
@@ -164,6 +174,7 @@ mod tests {
         let read = Configuration::read(
             r#"{"cniVersion":"1.0.0","name":"weir","type":"weir-cni","runtimeConfig":{"x":1},
                 "prevResult":{},"args":[],"capabilities":{"portMappings":true}}"#,
+            Command::Add,
         )
         .unwrap();
         assert_eq!(
@@ -173,6 +184,7 @@ mod tests {
                 agent_socket: "/run/weir/agent.sock".into(),
                 log_file: None,
                 agent_timeout: Duration::from_secs(10),
+                port_mappings: Vec::new(),
             }
         );
     }
@@ -181,12 +193,29 @@ mod tests {
     fn own_values() {
         let read = Configuration::read(
             r#"{"cniVersion":"0.3.1","name":"a","type":"weir-cni","agentSocket":"/x/y",
-                "logFile":"/var/log/weir-cni.log","agentTimeoutSeconds":2}"#,
+                "logFile":"/var/log/weir-cni.log","agentTimeoutSeconds":2,
+                "runtimeConfig":{"portMappings":[{"hostPort":8080,"containerPort":80}]}}"#,
+            Command::Add,
         )
         .unwrap();
         assert_eq!(read.agent_socket, PathBuf::from("/x/y"));
         assert_eq!(read.log_file, Some("/var/log/weir-cni.log".into()));
         assert_eq!(read.agent_timeout_del(), Duration::from_secs(2));
+        assert_eq!(read.port_mappings[0].host_port, 8080);
+    }
+
+    /// A DEL must not fail on what it does not need.
+    #[test]
+    fn port_mappings_are_of_no_concern_to_del() {
+        let text = r#"{"cniVersion":"1.1.0","name":"a","runtimeConfig":{"portMappings":7}}"#;
+        assert_eq!(
+            Configuration::read(text, Command::Del)
+                .unwrap()
+                .port_mappings,
+            []
+        );
+        let error = Configuration::read(text, Command::Add).unwrap_err();
+        assert_eq!(error.code, 7);
     }
 
     #[test]
@@ -245,7 +274,7 @@ mod tests {
                 "agentTimeoutSeconds",
             ),
         ] {
-            let error = Configuration::read(text).unwrap_err();
+            let error = Configuration::read(text, Command::Add).unwrap_err();
             assert_eq!(error.code, code, "{text}");
             assert!(
                 error.message.contains(expected),

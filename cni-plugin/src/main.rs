@@ -11,6 +11,7 @@ mod log;
 mod netlink;
 mod netns;
 mod output;
+mod port_mappings;
 mod version;
 mod wiring;
 
@@ -73,7 +74,7 @@ fn run(input: &mut String) -> Result<String, CniError> {
             Configuration::peek_version(input).as_deref(),
         ));
     }
-    let configuration = Configuration::read(input)?;
+    let configuration = Configuration::read(input, command)?;
     let start = Instant::now();
     let result = Environment::read(command, variable)
         .and_then(|environment| execute(command, &configuration, &environment));

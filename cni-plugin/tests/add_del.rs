@@ -5,12 +5,13 @@ mod support;
 
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use support::{
     fake_agent::{Behaviour, FakeAgent},
     node::{Bed, Namespace, Outcome, answer},
 };
 use tonic::Status;
+use weir_api::v1::PortMapping;
 
 fn add(bed: &Bed) -> Outcome {
     bed.call("ADD", "1.1.0", &[])
@@ -404,6 +405,55 @@ fn version_tells_what_is_supported() {
     assert_eq!(result["cniVersion"], "0.4.0");
     let versions = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
     assert_eq!(result["supportedVersions"], serde_json::json!(versions));
+}
+
+#[test]
+fn port_mappings_reach_the_agent() {
+    let mut bed = Bed::new();
+    bed.runtime_config = json!({"portMappings": [
+        {"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": "2001:DB8::1"},
+        {"hostPort": 0, "containerPort": 443, "protocol": "tcp"},
+        {"hostPort": 53, "containerPort": 5353, "protocol": "UDP", "hostIP": ""},
+    ]});
+    let agent = agent(&bed, Behaviour::Good);
+    let outcome = add(&bed);
+    assert!(outcome.success, "{outcome:?}");
+    let mapping = |host_port, container_port, protocol: &str, host_ip: &str| PortMapping {
+        host_port,
+        container_port,
+        protocol: protocol.into(),
+        host_ip: host_ip.into(),
+    };
+    assert_eq!(
+        agent.calls().allocated[0].port_mappings,
+        [
+            mapping(8080, 80, "TCP", "2001:db8::1"),
+            mapping(53, 5353, "UDP", "")
+        ]
+    );
+
+    bed.runtime_config = json!({"portMappings": [{"hostPort": "http", "containerPort": 80}]});
+    let (code, message) = add(&bed).error();
+    assert_eq!(code, 7);
+    let expected = "runtimeConfig.portMappings[0].hostPort \"http\"";
+    assert!(message.contains(expected), "{message}");
+    assert_eq!(agent.calls().allocated.len(), 1, "nothing was asked for");
+    // Whatever the configuration says, a pod goes.
+    assert!(del(&bed).success);
+    assert_nothing_is_left(&bed);
+}
+
+#[test]
+fn a_refused_host_port_leaves_nothing_and_releases_nobody() {
+    let bed = Bed::new();
+    let status = Status::already_exists("8080/TCP leads to pod shop/web-1 already");
+    let agent = agent(&bed, Behaviour::AllocateFails(status));
+    let (code, message) = add(&bed).error();
+    assert_eq!(code, 100);
+    assert!(message.contains("shop/web-1"), "{message}");
+    assert_nothing_is_left(&bed);
+    // What is known by this name may be a pod that works.
+    assert!(agent.calls().released.is_empty());
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     Node,
@@ -337,7 +337,18 @@ impl Cluster {
     ///
     /// When the plugin fails.
     pub fn pod(&self, node: &str, name: &str) -> Result<Pod> {
-        Pod::add(self.node(node).host(&self.objects), &self.id, name)
+        self.pod_with_host_ports(node, name, &json!([]))
+    }
+
+    /// As [`Cluster::pod`], with ports of the node that lead to it: an array as
+    /// [`Call::set_port_mappings`] takes it.
+    ///
+    /// # Errors
+    ///
+    /// When the plugin fails.
+    pub fn pod_with_host_ports(&self, node: &str, name: &str, mappings: &Value) -> Result<Pod> {
+        let host = self.node(node).host(&self.objects);
+        Pod::add(host, &self.id, name, mappings.clone())
     }
 
     /// Creates or replaces an object.

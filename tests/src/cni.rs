@@ -56,6 +56,22 @@ impl Call {
         self.set("CNI_ARGS", &arguments);
     }
 
+    /// Hands `hostPort`s of the pod on, as containerd does for a plugin with the capability: an array of
+    /// `{"hostPort", "containerPort", "protocol", "hostIP"}`.
+    ///
+    /// # Panics
+    ///
+    /// When the configuration was replaced by something that is no JSON object.
+    pub fn set_port_mappings(&mut self, mappings: &Value) {
+        match serde_json::from_str(&self.configuration) {
+            Ok(Value::Object(mut fields)) => {
+                fields.insert("runtimeConfig".into(), json!({"portMappings": mappings}));
+                self.configuration = Value::Object(fields).to_string();
+            }
+            other => panic!("no network configuration: {other:?}"),
+        }
+    }
+
     /// Makes the call in the network namespace of a node.
     ///
     /// # Errors
@@ -95,5 +111,11 @@ impl Call {
 /// The network configuration that names an agent's socket.
 #[must_use]
 pub fn configuration(socket: &str) -> Value {
-    json!({"cniVersion": "1.1.0", "name": "weir", "type": "weir-cni", "agentSocket": socket})
+    json!({
+        "cniVersion": "1.1.0",
+        "name": "weir",
+        "type": "weir-cni",
+        "agentSocket": socket,
+        "capabilities": {"portMappings": true},
+    })
 }

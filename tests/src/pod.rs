@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use serde_json::Value;
 
 use crate::{
     cgroup::Cgroup,
@@ -32,6 +33,7 @@ pub struct Pod {
     node_netns: Arc<NetNs>,
     socket: PathBuf,
     objects: Objects,
+    port_mappings: Value,
 }
 
 /// What a pod needs of its node.
@@ -51,7 +53,7 @@ pub(crate) fn container(id: &str, name: &str) -> String {
 
 impl Pod {
     /// Makes the namespace, calls ADD, and creates the Pod object.
-    pub(crate) fn add(host: Host, id: &str, name: &str) -> Result<Self> {
+    pub(crate) fn add(host: Host, id: &str, name: &str, port_mappings: Value) -> Result<Self> {
         let netns = NetNs::create(&crate::reaper::namespace_name(id, &format!("p-{name}")))?
             .in_cgroup(host.cgroup);
         let mut pod = Self {
@@ -63,6 +65,7 @@ impl Pod {
             node_netns: host.netns,
             socket: host.socket,
             objects: host.objects,
+            port_mappings,
         };
         pod.wire().with_context(|| format!("add pod {name}"))?;
         Ok(pod)
@@ -100,6 +103,7 @@ impl Pod {
             &self.netns.path().to_string_lossy(),
         );
         call.set_pod("default", &self.name, &self.uid());
+        call.set_port_mappings(&self.port_mappings);
         call
     }
 

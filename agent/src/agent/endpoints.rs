@@ -32,9 +32,10 @@ impl Agent {
         while self.endpoints.pod_ranges().next().is_none() && self.rows.is_waiting() {
             self.work().await;
         }
+        let request = request.try_into().map_err(status)?;
         let (endpoints, mut wiring) = self.endpoints_and_wiring();
         let spec = endpoints
-            .allocate(&request.into(), &mut wiring, boot_seconds())
+            .allocate(&request, &mut wiring, boot_seconds())
             .await
             .map_err(status)?;
         self.endpoints_changed();
@@ -101,6 +102,7 @@ fn status(error: EndpointError) -> Status {
         ErrorKind::Exhausted => Code::ResourceExhausted,
         ErrorKind::NotFound => Code::NotFound,
         ErrorKind::Invalid => Code::InvalidArgument,
+        ErrorKind::Conflict => Code::AlreadyExists,
         ErrorKind::Internal => Code::Internal,
     };
     Status::new(code, error.message)

@@ -240,6 +240,7 @@ impl Agent {
                     // No policy selects a pod in this version.
                     egress_set: weir_common::endpoint::POLICY_SET_ALLOW_ALL,
                     ingress_set: weir_common::endpoint::POLICY_SET_ALLOW_ALL,
+                    host_ports: spec.host_ports.iter().map(Into::into).collect(),
                 }
             })
             .collect();

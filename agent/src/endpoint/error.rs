@@ -13,6 +13,8 @@ pub enum ErrorKind {
     NotFound,
     /// The request itself is wrong.
     Invalid,
+    /// Another endpoint has what is asked for.
+    Conflict,
     /// The kernel or the file system refused.
     Internal,
 }

@@ -6,6 +6,7 @@
 //! Times are seconds of [`boot_seconds`], or of any clock that never goes back and outlives the agent.
 
 mod error;
+mod host_port;
 mod restore;
 mod spec;
 mod store;
@@ -23,6 +24,7 @@ use weir_common::limits::ENDPOINTS_MAX;
 use self::store::{AllocatorState, Store};
 pub use self::{
     error::{EndpointError, ErrorKind},
+    host_port::HostPort,
     restore::RestoreReport,
     spec::{AllocateRequest, Endpoint, EndpointKey, EndpointSpec, EndpointState},
     store::StoreError,
@@ -142,6 +144,18 @@ impl EndpointManager {
             .find(|endpoint| ifindex != 0 && endpoint.spec.host_ifindex == ifindex)
     }
 
+    /// The endpoints to which ports of the node lead now: committed, and not on their way out.
+    pub fn with_host_ports(&self) -> impl Iterator<Item = &EndpointSpec> + '_ {
+        self.endpoints
+            .values()
+            .filter(|endpoint| match endpoint.state {
+                EndpointState::Ready | EndpointState::Failing(_) => true,
+                EndpointState::Reserved(_) | EndpointState::Removing(_) => false,
+            })
+            .map(|endpoint| &endpoint.spec)
+            .filter(|spec| !spec.host_ports.is_empty())
+    }
+
     /// Counts for `weir status`.
     #[must_use]
     pub fn usage(&self) -> Usage {
@@ -163,8 +177,8 @@ impl EndpointManager {
     ///
     /// # Errors
     ///
-    /// `Invalid` for a name that cannot be one, `NotReady` without pod ranges, `Exhausted` without
-    /// free numbers or addresses, `Internal` when the state cannot be saved or an earlier endpoint
+    /// `Invalid` for a name that cannot be one, `Conflict` when another endpoint has one of the host
+    /// ports, `NotReady` without pod ranges, `Exhausted` without free numbers or addresses, `Internal` when the state cannot be saved or an earlier endpoint
     /// of the same name cannot be removed. Nothing is kept then.
     pub async fn allocate(
         &mut self,
@@ -174,6 +188,7 @@ impl EndpointManager {
     ) -> Result<EndpointSpec, EndpointError> {
         let key = EndpointKey::new(&request.container_id, &request.ifname);
         key.validate()?;
+        self.check_host_ports(&key, &request.host_ports)?;
         match self.endpoints.get(&key).map(|endpoint| &endpoint.state) {
             None => {}
             Some(EndpointState::Removing(_)) => self.release_one(&key, wiring, now).await?,
@@ -359,6 +374,7 @@ impl EndpointManager {
             ));
         }
         endpoint.spec.netns.clone_from(&request.netns);
+        endpoint.spec.host_ports.clone_from(&request.host_ports);
         if let EndpointState::Reserved(since) = &mut endpoint.state {
             *since = now;
         }
@@ -411,6 +427,7 @@ impl EndpointManager {
             mtu: self.mtu,
             host_ifindex: 0,
             netns_cookie: 0,
+            host_ports: request.host_ports.clone(),
         };
         for family in families {
             match self.ipam.allocate(family, now) {
@@ -523,6 +540,34 @@ impl EndpointManager {
                 format!("{key} and {other} would share the file {}", path.display()),
             )),
         }
+    }
+
+    /// Kubernetes' scheduler and kubelet keep such pods apart; this is for pods that neither has seen, and
+    /// for a pod whose predecessor is not gone yet: the runtime tries again.
+    fn check_host_ports(
+        &self,
+        key: &EndpointKey,
+        wanted: &[HostPort],
+    ) -> Result<(), EndpointError> {
+        let others = self.endpoints.values().filter(|endpoint| {
+            endpoint.spec.key != *key && !matches!(endpoint.state, EndpointState::Removing(_))
+        });
+        for other in others {
+            let theirs = other.spec.host_ports.iter();
+            let overlaps = |theirs: &HostPort| wanted.iter().any(|ours| ours.overlaps(theirs));
+            if let Some(taken) = theirs.into_iter().find(|theirs| overlaps(theirs)) {
+                return Err(EndpointError::new(
+                    ErrorKind::Conflict,
+                    format!(
+                        "{key} wants a host port that leads to pod {} ({}) already: {taken}; delete \
+                         that pod first, or give one of them another hostPort or hostIP",
+                        other.spec.display_name(),
+                        other.spec.key
+                    ),
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// A name for the host side that is the same for the same key, unless another endpoint has it.

@@ -7,7 +7,10 @@ use serde::{Deserialize, Serialize};
 use weir_api::v1;
 use weir_common::{MacAddress, config, endpoint, limits::ENDPOINTS_MAX};
 
-use super::error::{EndpointError, ErrorKind};
+use super::{
+    error::{EndpointError, ErrorKind},
+    host_port::{self, HostPort},
+};
 
 /// Identity of an endpoint: a container and the name of the interface inside.
 #[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
@@ -83,18 +86,23 @@ pub struct AllocateRequest {
     pub pod_name: String,
     /// `metadata.uid` of the pod, or empty.
     pub pod_uid: String,
+    /// Ports of the node that shall lead to the pod.
+    pub host_ports: Vec<HostPort>,
 }
 
-impl From<v1::AllocateRequest> for AllocateRequest {
-    fn from(request: v1::AllocateRequest) -> Self {
-        Self {
+impl TryFrom<v1::AllocateRequest> for AllocateRequest {
+    type Error = EndpointError;
+
+    fn try_from(request: v1::AllocateRequest) -> Result<Self, EndpointError> {
+        Ok(Self {
+            host_ports: host_port::of_request(&request.port_mappings)?,
             container_id: request.container_id,
             ifname: request.ifname,
             netns: request.netns,
             pod_namespace: request.pod_namespace,
             pod_name: request.pod_name,
             pod_uid: request.pod_uid,
-        }
+        })
     }
 }
 
@@ -127,6 +135,9 @@ pub struct EndpointSpec {
     pub host_ifindex: u32,
     /// Cookie of the pod's network namespace (`SO_NETNS_COOKIE`), 0 if unknown.
     pub netns_cookie: u64,
+    /// Ports of the node that lead to the pod; files of older versions have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_ports: Vec<HostPort>,
 }
 
 impl EndpointSpec {
@@ -186,7 +197,7 @@ impl EndpointSpec {
                 self.host_ifname
             ));
         }
-        Ok(())
+        self.host_ports.iter().try_for_each(HostPort::validate)
     }
 }
 

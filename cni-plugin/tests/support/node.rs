@@ -105,6 +105,8 @@ pub struct Bed {
     pub pod: Namespace,
     pub directory: TempDir,
     pub container_id: String,
+    /// `runtimeConfig` of every call.
+    pub runtime_config: Value,
 }
 
 impl Bed {
@@ -117,6 +119,7 @@ impl Bed {
             pod,
             directory: TempDir::new().unwrap(),
             container_id,
+            runtime_config: json!({"portMappings": []}),
         }
     }
 
@@ -129,7 +132,8 @@ impl Bed {
             "agentSocket": self.directory.path().join("agent.sock"),
             "agentTimeoutSeconds": 2,
             "logFile": self.directory.path().join("cni.log"),
-            "runtimeConfig": {"portMappings": []},
+            "capabilities": {"portMappings": true},
+            "runtimeConfig": self.runtime_config,
         });
         let netns = self.pod.path();
         let mut process = Command::new("nsenter");

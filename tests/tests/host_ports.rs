@@ -1,0 +1,82 @@
+//! Host ports as the runtime hands them on: who gets one, who is refused, and how long it is kept.
+
+use serde_json::json;
+use weir_tests::{Cluster, Node, TestResult, wait_until};
+
+use std::time::Duration;
+
+/// `POD HOST-PORT/PROTOCOL` of every host port on a node.
+fn host_ports(node: &Node) -> anyhow::Result<Vec<String>> {
+    let list = node.weir_json(&["endpoint", "list"])?;
+    let ports_of = |endpoint: &serde_json::Value| {
+        let ports = endpoint["host_ports"].as_array().cloned();
+        ports.unwrap_or_default()
+    };
+    let mut shown = Vec::new();
+    for endpoint in list.as_array().into_iter().flatten() {
+        let pod = endpoint["pod_name"].as_str().unwrap_or_default();
+        for port in ports_of(endpoint) {
+            let protocol = port["protocol"].as_str().unwrap_or_default();
+            shown.push(format!("{pod} {}/{protocol}", port["host_port"]));
+        }
+    }
+    Ok(shown)
+}
+
+/// Beside what upstream's "[sig-network] HostPort validates that there is no conflict between pods with
+/// same hostPort but different hostIP and protocol" asks for: pods that do conflict.
+#[test]
+fn a_host_port_has_one_pod_until_that_is_gone() -> TestResult {
+    let cluster = Cluster::builder("host ports").nodes(2).start()?;
+    let node = cluster.node("node1");
+    let [v4, v6] = [node.address(false)?, node.address(true)?];
+    let mapping = |protocol: &str, host_ip: &str| json!([{"hostPort": 54323, "containerPort": 8080, "protocol": protocol, "hostIP": host_ip}]);
+    let add = |name: &str, protocol: &str, host_ip: &str| {
+        cluster.pod_with_host_ports("node1", name, &mapping(protocol, host_ip))
+    };
+    let first = add("first", "tcp", "127.0.0.1")?;
+    let second = add("second", "tcp", &v4.to_string())?;
+    let _third = add("third", "udp", &v4.to_string())?;
+    let _fourth = add("fourth", "tcp", &v6.to_string())?;
+    let expected = ["first TCP", "second TCP", "third UDP", "fourth TCP"];
+    let expected = expected.map(|pod| pod.replace(' ', " 54323/"));
+    let mut shown = host_ports(node)?;
+    shown.sort_by_key(|port| expected.iter().position(|known| known == port));
+    assert_eq!(shown, expected);
+
+    for (name, protocol, host_ip, other) in [
+        ("same", "tcp", v4.to_string(), "default/second"),
+        ("all", "tcp", String::new(), "default/"),
+        ("all-v6", "tcp", "::".to_owned(), "default/fourth"),
+        ("all-udp", "udp", "0.0.0.0".to_owned(), "default/third"),
+    ] {
+        let Err(error) = add(name, protocol, &host_ip) else {
+            panic!("{name} got a host port that another pod has");
+        };
+        let text = format!("{error:#}");
+        for part in [other, "54323", "hostPort"] {
+            assert!(text.contains(part), "{part:?} is not in: {text}");
+        }
+    }
+    // On another node it is free.
+    cluster.pod_with_host_ports("node2", "elsewhere", &mapping("tcp", ""))?;
+
+    node.kill9_agent()?;
+    node.start_agent()?;
+    let mut after = host_ports(node)?;
+    after.sort_by_key(|port| expected.iter().position(|known| known == port));
+    assert_eq!(after, expected, "kept over a restart");
+    add("late", "tcp", &v4.to_string())
+        .map_or_else(|_| Ok(()), |_| anyhow::bail!("{v4} is taken"))?;
+
+    second.delete()?;
+    let second = add("second-again", "tcp", &v4.to_string())?;
+    first.vanish()?;
+    wait_until("the vanished pod's port", Duration::from_secs(20), || {
+        Ok(!host_ports(node)?
+            .iter()
+            .any(|port| port.starts_with("first")))
+    })?;
+    second.delete()?;
+    Ok(())
+}
