@@ -39,6 +39,7 @@ mod drift;
 mod endpoints;
 pub mod names;
 pub mod rows;
+mod socket_translation;
 pub mod start;
 mod status;
 pub mod verify;
@@ -46,6 +47,7 @@ mod wiring;
 
 use names::{Clock, Names};
 use rows::{Phase, Row, Rows};
+use socket_translation::SocketTranslations;
 
 /// Requests of the API that may wait.
 const COMMANDS: usize = 256;
@@ -78,6 +80,7 @@ pub struct Agent {
     source: SourceHandle,
     source_state: SourceState,
     model: Model,
+    translations: SocketTranslations,
     rows: Rows,
     datapath: Datapath,
     ring: EventReader,
@@ -216,6 +219,7 @@ impl Agent {
                 exclude_services: settings.exclude_services.clone(),
                 exclude_cidrs: settings.exclude_cidrs.clone(),
             }),
+            translations: SocketTranslations::default(),
             rows: Rows::default(),
             program_ids: start::program_ids(&mut datapath),
             late: start::late(&datapath),
@@ -300,9 +304,11 @@ impl Agent {
 
     fn take_batches(&mut self, first: Batch) {
         let was_synced = self.source_state.synced;
+        let mut translations_changed = false;
         let mut batch = first;
         for _ in 0..BATCHES_AT_ONCE {
             for change in batch.changes {
+                translations_changed |= self.translations.take(&change);
                 self.model.apply(change);
             }
             self.source_state.revision = batch.revision;
@@ -342,6 +348,9 @@ impl Agent {
         }
         for key in services {
             self.mark(Row::Service(Box::new(key)));
+        }
+        if translations_changed || !was_synced {
+            self.mark_changed_flags();
         }
     }
 

@@ -3,9 +3,11 @@
 
 mod convert;
 mod selector;
+mod socket_translation;
 
 pub use convert::InvalidObject;
 pub use selector::{LabelSelector, SelectorError};
+pub use socket_translation::{SOCKET_TRANSLATION, SocketTranslation};
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -319,6 +321,8 @@ pub struct Pod {
     pub host_network: bool,
     /// `status.podIPs` (or `podIP`). Empty once the pod has finished: the addresses may be another's.
     pub ips: Vec<IpAddr>,
+    /// Annotation [`SOCKET_TRANSLATION`]; a Namespace says it in its labels.
+    pub socket_translation: SocketTranslation,
 }
 
 /// `v1.Namespace`.

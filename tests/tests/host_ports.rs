@@ -1,9 +1,9 @@
 //! Host ports as the runtime hands them on: who gets one, who is refused, and how long it is kept.
 
+use std::time::Duration;
+
 use serde_json::json;
 use weir_tests::{Cluster, Node, TestResult, wait_until};
-
-use std::time::Duration;
 
 /// `POD HOST-PORT/PROTOCOL` of every host port on a node.
 fn host_ports(node: &Node) -> anyhow::Result<Vec<String>> {

@@ -38,6 +38,7 @@ impl Agent {
                 let wanted = self.plan.hops.contains_key(&(node.clone(), *family));
                 either(wanted, Phase::Hops, Phase::Clear)
             }
+            Row::Endpoint(_) => Phase::Add,
             Row::Prefix(prefix) => {
                 let wanted = self.plan.ipcache.contains_key(prefix);
                 either(wanted, Phase::Add, Phase::Remove)
@@ -85,6 +86,7 @@ impl Agent {
             Row::Config => self.apply_config(),
             Row::Device(ifindex) => self.apply_device(*ifindex),
             Row::Hop(node, family) => self.apply_hop(node, *family),
+            Row::Endpoint(key) => self.apply_flags(key),
             Row::Prefix(prefix) => self.apply_prefix(*prefix),
             Row::Service(key) => {
                 let desired = self.model.service(key);

@@ -85,6 +85,34 @@ impl Agent {
         Ok(v1::ReleaseResponse {})
     }
 
+    /// Marks the endpoints whose flags in the kernel are not what the objects say.
+    pub(super) fn mark_changed_flags(&mut self) {
+        let changed: Vec<EndpointKey> = self
+            .endpoints
+            .list()
+            .map(|endpoint| &endpoint.spec)
+            .filter(|spec| {
+                let flags = self.translations.flags(&spec.pod_namespace, &spec.pod_name);
+                let row = self.datapath.endpoints().get(spec.number);
+                row.is_some_and(|row| row.flags != flags)
+            })
+            .map(|spec| spec.key.clone())
+            .collect();
+        for key in changed {
+            self.mark(Row::Endpoint(key));
+        }
+    }
+
+    /// One that is not in the kernel gets its flags when it is entered.
+    pub(super) fn apply_flags(&mut self, key: &EndpointKey) -> anyhow::Result<()> {
+        if let Some(endpoint) = self.endpoints.get(key) {
+            let spec = &endpoint.spec;
+            let flags = self.translations.flags(&spec.pod_namespace, &spec.pod_name);
+            self.datapath.set_endpoint_flags(spec.number, flags)?;
+        }
+        Ok(())
+    }
+
     /// Endpoints have come or gone.
     pub(super) fn endpoints_changed(&mut self) {
         self.pod_names = None;

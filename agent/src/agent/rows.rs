@@ -9,7 +9,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::{model::ServicePortKey, objects::Family};
+use crate::{endpoint::EndpointKey, model::ServicePortKey, objects::Family};
 
 /// Wait after the first failure of a row; it doubles with each further one.
 pub const FIRST_WAIT: Duration = Duration::from_millis(100);
@@ -28,6 +28,8 @@ pub enum Row {
     Device(u32),
     /// The next hop to a node.
     Hop(String, Family),
+    /// What the objects say about a pod of this node: the flags of its endpoint.
+    Endpoint(EndpointKey),
     /// A prefix of nodes or pods in the ipcache.
     Prefix(IpNet),
     /// A Service port.
@@ -43,6 +45,7 @@ impl fmt::Display for Row {
             Self::Config => f.write_str("configuration of this node"),
             Self::Device(ifindex) => write!(f, "programs of device #{ifindex}"),
             Self::Hop(node, family) => write!(f, "next hop to node {node} ({})", family.name()),
+            Self::Endpoint(key) => write!(f, "flags of endpoint {key}"),
             Self::Prefix(prefix) => write!(f, "ipcache entry {prefix}"),
             Self::Service(key) => {
                 let ServicePortKey {

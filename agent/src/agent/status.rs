@@ -112,6 +112,7 @@ impl Agent {
         }
         problems.extend(self.source_state.errors.iter().cloned());
         problems.extend(self.model.problems().map(ToString::to_string));
+        problems.extend(self.translations.problems(&self.settings.node_name));
         problems.extend(self.plan.problems.iter().cloned());
         let now = Instant::now();
         for (row, failure) in self.rows.failed() {

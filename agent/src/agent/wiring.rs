@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, io, net::IpAddr};
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 
-use super::{Agent, Late};
+use super::{Agent, Late, socket_translation::SocketTranslations};
 use crate::{
     datapath::{Datapath, EndpointRow, NodeConfig},
     endpoint::{EndpointManager, EndpointSpec, Wiring, WiringError},
@@ -21,6 +21,9 @@ pub(super) struct NodeWiring<'a> {
     config: &'a mut NodeConfig,
     late: &'a mut Late,
     netlink: &'a Netlink,
+    translations: &'a SocketTranslations,
+    /// The source is complete: what `translations` does not know was not said.
+    synced: bool,
 }
 
 impl Agent {
@@ -31,6 +34,8 @@ impl Agent {
             config: &mut self.config,
             late: &mut self.late,
             netlink: &self.netlink,
+            translations: &self.translations,
+            synced: self.source_state.synced,
         };
         (&mut self.endpoints, wiring)
     }
@@ -56,6 +61,7 @@ impl Wiring for NodeWiring<'_> {
             ifindex: endpoint.host_ifindex,
             mtu: endpoint.mtu,
             netns_cookie: endpoint.netns_cookie,
+            flags: self.flags(endpoint),
         };
         self.datapath.insert_endpoint(&row)?;
         let host_side = HostSide {
@@ -116,11 +122,22 @@ impl NodeWiring<'_> {
         Ok(self.datapath.attach_endpoint(ifindex, name)?)
     }
 
+    /// Until the source has said everything, a pod of an earlier agent keeps the flags that it has.
+    fn flags(&self, endpoint: &EndpointSpec) -> u16 {
+        let row = self.datapath.endpoints().get(endpoint.number);
+        let same = row.filter(|row| row.ifindex == endpoint.host_ifindex);
+        match same {
+            Some(row) if !self.synced => row.flags,
+            _ => self
+                .translations
+                .flags(&endpoint.pod_namespace, &endpoint.pod_name),
+        }
+    }
+
     /// The device that the endpoint has in the kernel's table, 0 if it has none.
     fn attached_ifindex(&self, number: u32) -> u32 {
-        let mut rows = self.datapath.endpoints().iter();
-        rows.find(|(row, _)| *row == number)
-            .map_or(0, |(_, row)| row.ifindex)
+        let row = self.datapath.endpoints().get(number);
+        row.map_or(0, |row| row.ifindex)
     }
 
     /// The endpoint's ranges must be configured before the endpoint is entered: they are not yet

@@ -182,6 +182,7 @@ impl Datapath {
                 endpoints: loaded.map("ENDPOINTS")?,
                 has_flows: loaded.map("ENDPOINT_FLOWS")?,
                 by_ifindex: loaded.map("ENDPOINT_BY_IFINDEX")?,
+                by_cookie: loaded.map("ENDPOINT_BY_COOKIE")?,
             },
             &raw,
         )?;
@@ -414,6 +415,15 @@ impl Datapath {
     /// As there.
     pub fn remove_endpoint(&mut self, number: u32) -> Result<(), TableError> {
         self.endpoints.remove(number, &self.config)
+    }
+
+    /// See [`EndpointTable::set_flags`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn set_endpoint_flags(&mut self, number: u32, flags: u16) -> Result<(), TableError> {
+        self.endpoints.set_flags(number, flags)
     }
 
     /// See [`EndpointTable::prune`].

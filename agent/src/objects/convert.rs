@@ -12,7 +12,7 @@ use weir_common::affinity;
 
 use super::{
     EndpointSlice, Family, Hints, Kind, Namespace, Node, ObjectKey, ObjectName, Pod, Protocol,
-    Service, ServicePort, ServiceType, SliceEndpoint, SlicePort, TrafficPolicy,
+    Service, ServicePort, ServiceType, SliceEndpoint, SlicePort, SocketTranslation, TrafficPolicy,
 };
 
 /// Label of an EndpointSlice that names its Service.
@@ -381,6 +381,7 @@ impl TryFrom<core::Pod> for Pod {
     fn try_from(mut from: core::Pod) -> Result<Self, InvalidObject> {
         let labels = from.metadata.labels.take().unwrap_or_default();
         let uid = from.metadata.uid.take().unwrap_or_default();
+        let annotations = from.metadata.annotations.take().unwrap_or_default();
         named(Kind::Pod, &mut from.metadata, |name| {
             let spec = from.spec.unwrap_or_default();
             let status = from.status.unwrap_or_default();
@@ -397,6 +398,7 @@ impl TryFrom<core::Pod> for Pod {
                 node: spec.node_name.unwrap_or_default(),
                 host_network: spec.host_network.unwrap_or(false),
                 ips: indexed("status.podIPs", ips, |field, text| address(field, &text))?,
+                socket_translation: SocketTranslation::of(&annotations),
             })
         })
     }

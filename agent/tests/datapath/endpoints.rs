@@ -1,7 +1,10 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use weir_agent::datapath::{EndpointRow, NodeConfig, TableError};
-use weir_common::{ABI_VERSION, config, endpoint::Endpoint};
+use weir_common::{
+    ABI_VERSION, config,
+    endpoint::{Endpoint, flag},
+};
 
 use crate::support::BpfFs;
 
@@ -20,6 +23,7 @@ pub fn row(number: u32, last: u8) -> EndpointRow {
         ifindex: number.saturating_add(100),
         mtu: 1500,
         netns_cookie: u64::from(number) << 32,
+        flags: 0,
     }
 }
 
@@ -72,6 +76,87 @@ fn an_endpoint_is_published_by_address_and_device() {
             .is_err()
     );
     assert_eq!(datapath.endpoints().iter().count(), 0);
+}
+
+/// Cookie → number, in order.
+fn cookies(fs: &BpfFs) -> Vec<(u64, u32)> {
+    let map = fs.hash::<u64, u32>("ENDPOINT_BY_COOKIE");
+    let mut all: Vec<_> = map.iter().flatten().collect();
+    all.sort_unstable();
+    all
+}
+
+#[test]
+fn an_endpoint_is_found_by_the_cookie_of_its_namespace() {
+    let fs = BpfFs::new();
+    let mut datapath = fs.open();
+    datapath
+        .config_mut()
+        .apply(&node_config(&["10.1.0.0/24", "fd01::/64"]))
+        .unwrap();
+    let with_cookie = |number, netns_cookie| EndpointRow {
+        netns_cookie,
+        ..row(number, number as u8)
+    };
+    datapath.insert_endpoint(&with_cookie(7, 70)).unwrap();
+    datapath.insert_endpoint(&with_cookie(8, 80)).unwrap();
+    // Unknown, and not to be taken for a namespace.
+    datapath.insert_endpoint(&with_cookie(9, 0)).unwrap();
+    assert_eq!(cookies(&fs), [(70, 7), (80, 8)]);
+    // Two interfaces of one namespace: the first counts, then the other.
+    datapath.insert_endpoint(&with_cookie(10, 70)).unwrap();
+    assert_eq!(cookies(&fs), [(70, 7), (80, 8)]);
+    datapath.remove_endpoint(7).unwrap();
+    assert_eq!(cookies(&fs), [(70, 10), (80, 8)]);
+    // Another pod without a removal in between.
+    datapath.insert_endpoint(&with_cookie(8, 81)).unwrap();
+    assert_eq!(cookies(&fs), [(70, 10), (81, 8)]);
+    drop(datapath);
+
+    // Leftovers of crashes: of nobody, and of somebody else. And a map of an older version, empty.
+    let mut map = fs.hash::<u64, u32>("ENDPOINT_BY_COOKIE");
+    map.insert(99, 5, 0).unwrap();
+    map.insert(98, 8, 0).unwrap();
+    map.remove(&81).unwrap();
+    let mut datapath = fs.open();
+    datapath.insert_endpoint(&with_cookie(8, 81)).unwrap();
+    datapath.prune_endpoints(&BTreeSet::from([8])).unwrap();
+    assert_eq!(cookies(&fs), [(81, 8)]);
+    datapath.remove_endpoint(8).unwrap();
+    assert_eq!(cookies(&fs), []);
+}
+
+#[test]
+fn flags_change_and_nothing_else_does() {
+    let fs = BpfFs::new();
+    let mut datapath = fs.open();
+    datapath
+        .config_mut()
+        .apply(&node_config(&["10.1.0.0/24", "fd01::/64"]))
+        .unwrap();
+    let kernel = || fs.array::<Endpoint>("ENDPOINTS").get(&7, 0).unwrap();
+    datapath
+        .insert_endpoint(&EndpointRow {
+            flags: flag::NO_SOCKET_TRANSLATION,
+            ..row(7, 9)
+        })
+        .unwrap();
+    let before = kernel();
+    assert_eq!(before.flags, flag::NO_SOCKET_TRANSLATION);
+    datapath.set_endpoint_flags(7, 0).unwrap();
+    assert_eq!(kernel(), Endpoint { flags: 0, ..before });
+    datapath
+        .insert_endpoint(&EndpointRow {
+            flags: 1,
+            ..row(7, 9)
+        })
+        .unwrap();
+    assert_eq!(kernel(), before, "the same pod: the generation stays");
+    // Of nobody: nothing is written.
+    datapath.set_endpoint_flags(8, 1).unwrap();
+    datapath.set_endpoint_flags(u32::MAX, 1).unwrap();
+    let free: Endpoint = fs.array("ENDPOINTS").get(&8, 0).unwrap();
+    assert_eq!(free, Endpoint::default());
 }
 
 #[test]

@@ -189,6 +189,7 @@ impl Bed {
                 ifindex: device(number),
                 mtu: POD_MTU,
                 netns_cookie: u64::from(address),
+                flags: 0,
             })
             .unwrap();
     }

@@ -154,6 +154,7 @@ impl Lab {
                 ifindex,
                 mtu: 1500,
                 netns_cookie: 0,
+                flags: 0,
             })?;
         }
         for family in [Family::V4, Family::V6] {

@@ -24,6 +24,7 @@ struct Row {
     ingress_set: u32,
     identity: u32,
     mtu: u16,
+    flags: Vec<&'static str>,
 }
 
 pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {
@@ -54,6 +55,7 @@ fn row(number: u32, endpoint: &Endpoint) -> Row {
         ingress_set: endpoint.ingress_set,
         identity: endpoint.identity,
         mtu: endpoint.mtu,
+        flags: names::endpoint_flags(endpoint.flags),
     }
 }
 
@@ -69,6 +71,7 @@ fn table(rows: &[Row]) -> Table {
         "EGRESS-SET",
         "INGRESS-SET",
         "GENERATION",
+        "FLAGS",
     ]);
     for row in rows {
         table.row([
@@ -82,6 +85,7 @@ fn table(rows: &[Row]) -> Table {
             Cell::number(row.egress_set),
             Cell::number(row.ingress_set),
             Cell::number(row.generation),
+            output::or_dash(&row.flags.join(",")).into(),
         ]);
     }
     table

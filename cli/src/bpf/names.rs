@@ -1,7 +1,7 @@
 //! Names for the numbers in the maps.
 
 use weir_common::{
-    flow, ipcache, next_hop, protocol,
+    endpoint, flow, ipcache, next_hop, protocol,
     service::{backend_state, scope as frontend_scope},
 };
 
@@ -71,6 +71,19 @@ pub fn next_hop(number: u32) -> String {
     }
 }
 
+/// Flags of a row of the endpoint table.
+pub fn endpoint_flags(flags: u16) -> Vec<&'static str> {
+    let known = [(
+        endpoint::flag::NO_SOCKET_TRANSLATION,
+        "no-socket-translation",
+    )];
+    known
+        .iter()
+        .filter(|(bit, _)| flags & bit != 0)
+        .map(|(_, name)| *name)
+        .collect()
+}
+
 /// TCP flags as letters: SFRA.
 pub fn tcp_flags(flags: u8) -> String {
     use protocol::tcp_flag::{ACK, FIN, RST, SYN};
@@ -105,6 +118,8 @@ mod tests {
         assert_eq!(next_hop(next_hop::HOST), "host");
         assert_eq!(next_hop(next_hop::FIRST_ROW), "node 4097");
         assert_eq!(tcp_flags(0x12), "SA");
+        assert_eq!(endpoint_flags(1), ["no-socket-translation"]);
+        assert!(endpoint_flags(0).is_empty());
         assert_eq!(protocol(6), "TCP");
         assert_eq!(protocol(89), "89");
         assert_eq!(flow_scope(9), "9");

@@ -18,6 +18,7 @@ use crate::{datapath::sys::RawMap, objects::Family};
 
 const ENDPOINTS: &str = "ENDPOINTS";
 const BY_IFINDEX: &str = "ENDPOINT_BY_IFINDEX";
+const BY_COOKIE: &str = "ENDPOINT_BY_COOKIE";
 const HAS_FLOWS: &str = "ENDPOINT_FLOWS";
 
 /// A pod of this node as the data path sees it.
@@ -35,6 +36,8 @@ pub struct EndpointRow {
     pub mtu: u32,
     /// Cookie of its network namespace, 0 if unknown.
     pub netns_cookie: u64,
+    /// Bits of [`weir_common::endpoint::flag`].
+    pub flags: u16,
 }
 
 /// The maps of the endpoint tables.
@@ -45,6 +48,8 @@ pub struct EndpointMaps {
     pub has_flows: Array<MapData, u32>,
     /// `ENDPOINT_BY_IFINDEX`.
     pub by_ifindex: HashMap<MapData, u32, u32>,
+    /// `ENDPOINT_BY_COOKIE`.
+    pub by_cookie: HashMap<MapData, u64, u32>,
     /// `LOCAL_ADDRESSES_V4`.
     pub local_v4: LocalAddresses,
     /// `LOCAL_ADDRESSES_V6`.
@@ -119,7 +124,7 @@ impl EndpointTable {
             ingress_set: POLICY_SET_ALLOW_ALL,
             identity: 0,
             mtu: u16::try_from(row.mtu).unwrap_or(u16::MAX),
-            flags: 0,
+            flags: row.flags,
         };
         let same_pod = old.ifindex == wanted.ifindex
             && old.ipv4 == wanted.ipv4
@@ -148,6 +153,7 @@ impl EndpointTable {
             .by_ifindex
             .insert(row.ifindex, number, 0)
             .map_err(|error| TableError::kernel(BY_IFINDEX, row.ifindex, io_error(error)))?;
+        self.enter_cookie(number, row.netns_cookie)?;
         for (family, index) in places {
             self.publish(family, index, number)?;
         }
@@ -185,6 +191,7 @@ impl EndpointTable {
                 .remove(&old.ifindex)
                 .map_err(|error| TableError::kernel(BY_IFINDEX, old.ifindex, io_error(error)))?;
         }
+        self.leave_cookie(number, old.netns_cookie)?;
         self.write(
             number,
             Endpoint {
@@ -192,6 +199,26 @@ impl EndpointTable {
                 ..Endpoint::default()
             },
         )
+    }
+
+    /// Sets the flags of an endpoint, bits of [`weir_common::endpoint::flag`]; of one that does not
+    /// exist it is no error.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's; the call can be repeated.
+    pub fn set_flags(&mut self, number: u32, flags: u16) -> Result<(), TableError> {
+        match self.get(number) {
+            Some(&row) => self.write(number, Endpoint { flags, ..row }),
+            None => Ok(()),
+        }
+    }
+
+    /// The row of an endpoint, if it exists.
+    #[must_use]
+    pub fn get(&self, number: u32) -> Option<&Endpoint> {
+        let row = self.rows.get(number as usize);
+        row.filter(|row| row.ifindex != 0)
     }
 
     /// Whether an endpoint has gone since it had this generation. Number 0 is none, and stays.
@@ -262,6 +289,20 @@ impl EndpointTable {
                 .remove(&ifindex)
                 .map_err(|error| TableError::kernel(BY_IFINDEX, ifindex, io_error(error)))?;
         }
+        let leading_nowhere: Vec<u64> = self
+            .maps
+            .by_cookie
+            .iter()
+            .flatten()
+            .filter(|(cookie, number)| !self.has_cookie(*number, *cookie))
+            .map(|(cookie, _)| cookie)
+            .collect();
+        for cookie in leading_nowhere {
+            self.maps
+                .by_cookie
+                .remove(&cookie)
+                .map_err(|error| TableError::kernel(BY_COOKIE, cookie, io_error(error)))?;
+        }
         Ok(stale.len())
     }
 
@@ -274,6 +315,36 @@ impl EndpointTable {
     #[must_use]
     pub fn fill(&self) -> (u32, u32) {
         (self.iter().count() as u32, ENDPOINTS_MAX - 1)
+    }
+
+    fn has_cookie(&self, number: u32, cookie: u64) -> bool {
+        self.get(number)
+            .is_some_and(|row| row.netns_cookie == cookie)
+    }
+
+    /// A namespace with several of our interfaces is known by the first of them.
+    fn enter_cookie(&mut self, number: u32, cookie: u64) -> Result<(), TableError> {
+        let holder = self.maps.by_cookie.get(&cookie, 0).ok();
+        if cookie == 0 || holder.is_some_and(|holder| self.has_cookie(holder, cookie)) {
+            return Ok(());
+        }
+        self.maps
+            .by_cookie
+            .insert(cookie, number, 0)
+            .map_err(|error| TableError::kernel(BY_COOKIE, cookie, io_error(error)))
+    }
+
+    /// Another interface of the namespace takes the place, if there is one.
+    fn leave_cookie(&mut self, number: u32, cookie: u64) -> Result<(), TableError> {
+        if self.maps.by_cookie.get(&cookie, 0).ok() != Some(number) {
+            return Ok(());
+        }
+        let other = (1..ENDPOINTS_MAX).find(|n| *n != number && self.has_cookie(*n, cookie));
+        match other {
+            Some(other) => self.maps.by_cookie.insert(cookie, other, 0),
+            None => self.maps.by_cookie.remove(&cookie),
+        }
+        .map_err(|error| TableError::kernel(BY_COOKIE, cookie, io_error(error)))
     }
 
     fn write(&mut self, number: u32, row: Endpoint) -> Result<(), TableError> {
