@@ -22,7 +22,12 @@ pub fn sentence() -> Result<String> {
     let load = load.split_whitespace().next().unwrap_or_default();
     // What people type; paths that xtask adds are of this machine only.
     let what: String = std::env::args()
-        .filter(|word| matches!(word.as_str(), "packets" | "pods" | "agent" | "--quick"))
+        .filter(|word| {
+            matches!(
+                word.as_str(),
+                "packets" | "pods" | "services" | "agent" | "--quick"
+            )
+        })
         .map(|word| format!(" {word}"))
         .collect();
     Ok(format!(

@@ -12,7 +12,9 @@ mod machine;
 mod packets;
 mod pods;
 mod report;
+mod services;
 mod statistics;
+mod threads;
 
 /// What can be measured.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
@@ -21,6 +23,8 @@ enum Part {
     Packets,
     /// Pods beside a plain veth pair.
     Pods,
+    /// Connections through Services, by their number, beside kube-proxy's rules.
+    Services,
     /// Start, memory, CNI calls and changes.
     Agent,
 }
@@ -28,9 +32,9 @@ enum Part {
 /// How long it may take.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Effort {
-    /// Two minutes for everything: to see that it works, and roughly where things stand.
+    /// Three minutes for everything: to see that it works, and roughly where things stand.
     Quick,
-    /// Ten minutes for everything.
+    /// A quarter of an hour for everything.
     Full,
 }
 
@@ -78,6 +82,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         sections.push(match part {
             Part::Packets => packets::run(effort)?,
             Part::Pods => pods::run(effort)?,
+            Part::Services => services::run(effort)?,
             Part::Agent => agent::run(effort, arguments.rival_cni.as_deref())?,
         });
     }

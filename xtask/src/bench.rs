@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    build, setup,
+    build, prerequisites, setup,
     ui::{self, Colour},
 };
 
@@ -20,6 +20,13 @@ use crate::{
 const RIVALS: &str = "containernetworking-plugins";
 /// Where it puts them.
 const RIVALS_FOLDER: &str = "usr/lib/cni";
+
+/// What loads kube-proxy's rules, and Debian's packages of it.
+const RIVAL_PROGRAMS: [(&str, &str); 3] = [
+    ("iptables-nft-restore", "iptables"),
+    ("iptables-legacy-restore", "iptables"),
+    ("nft", "nftables"),
+];
 
 /// Sets up, builds and measures; a quick run is printed only.
 pub fn run(what: &[String], quick: bool) -> Result<()> {
@@ -45,7 +52,17 @@ pub fn run(what: &[String], quick: bool) -> Result<()> {
             .arg("--page")
             .arg(build::workspace().join("docs/performance.md"));
     }
-    if what.is_empty() || what.iter().any(|part| part == "agent") {
+    let wanted = |name: &str| what.is_empty() || what.iter().any(|part| part == name);
+    if wanted("services")
+        && let Err(error) = prerequisites::debian_programs(&RIVAL_PROGRAMS)
+    {
+        ui::line(
+            Colour::Yellow,
+            "rival",
+            &format!("programs for kube-proxy's rules are missing: {error:#}"),
+        );
+    }
+    if wanted("agent") {
         match rival_plugins() {
             Ok(folder) => {
                 command.arg("--rival-cni").arg(folder);

@@ -47,9 +47,9 @@ enum Command {
     },
     /// Measures Weir beside its rivals and writes docs/performance.md; needs root.
     Bench {
-        /// What to measure: packets, pods, agent; everything if nothing is named.
+        /// What to measure: packets, pods, services, agent; everything if nothing is named.
         what: Vec<String>,
-        /// Two minutes instead of ten, printed only.
+        /// Three minutes instead of fifteen, printed only.
         #[arg(long)]
         quick: bool,
     },

@@ -219,8 +219,13 @@ fn forget(node: &Node) -> Result<()> {
     Ok(())
 }
 
-/// Without the polling of the test bed, which would be measured along.
-fn wait_applied(node: &Node) -> Result<()> {
+/// Waits until everything is in the kernel, without the polling of the test bed, which would be
+/// measured along.
+///
+/// # Errors
+///
+/// With what `weir wait --applied` says.
+pub fn wait_applied(node: &Node) -> Result<()> {
     let socket = node.agent().socket();
     let output = Command::new(binary("weir")?)
         .arg("--socket")

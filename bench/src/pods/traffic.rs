@@ -7,21 +7,19 @@ use std::{
     os::fd::AsRawFd as _,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    sys::socket::{Backlog, listen, setsockopt, sockopt},
-    unistd::Pid,
-};
+use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 use weir_tests::netns::NetNs;
 
-use crate::statistics::quantile;
+use crate::{
+    statistics::quantile,
+    threads::{CLIENT, SERVER, Stop, finish, start},
+};
 
 /// How long anything may hang before it is an error.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -261,48 +259,6 @@ pub fn connection_rate(path: &Path<'_>, time: Duration) -> Result<f64> {
     stop.set();
     finish(server)?;
     rate
-}
-
-/// Says that a measurement is over.
-#[derive(Clone, Debug, Default)]
-struct Stop(Arc<AtomicBool>);
-
-impl Stop {
-    fn new() -> Self {
-        Self::default()
-    }
-    fn set(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-    fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// Which processor a side runs on: where both stand decides half of a round trip, so it must not
-/// be left to the scheduler.
-const CLIENT: usize = 0;
-/// See [`CLIENT`].
-const SERVER: usize = 1;
-
-fn start<T: Send + 'static>(
-    netns: &NetNs,
-    side: usize,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<JoinHandle<Result<T>>> {
-    netns.spawn(move || {
-        let processors = std::thread::available_parallelism()?.get();
-        let mut set = CpuSet::new();
-        set.set(side % processors)?;
-        sched_setaffinity(Pid::from_raw(0), &set)?;
-        work()
-    })
-}
-
-fn finish<T>(thread: JoinHandle<Result<T>>) -> Result<T> {
-    thread
-        .join()
-        .map_err(|_| anyhow::anyhow!("a generator of traffic panicked"))?
 }
 
 fn connect(to: SocketAddr) -> Result<TcpStream> {
