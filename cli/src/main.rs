@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 mod agent;
 mod bpf;
@@ -68,6 +68,40 @@ enum Command {
     Wait(WaitArguments),
     /// Versions of this program and of the agent.
     Version,
+    /// Prints a script that completes weir's commands and options in a shell.
+    ///
+    /// bash: source <(weir completion bash). zsh: a file named _weir in a folder of $fpath.
+    /// fish: ~/.config/fish/completions/weir.fish.
+    Completion {
+        /// The shell.
+        #[arg(value_name = "SHELL")]
+        shell: CompletionShell,
+    },
+}
+
+/// Shells that scripts are made for.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum CompletionShell {
+    /// Bash 4.4 or later.
+    Bash,
+    /// Zsh.
+    Zsh,
+    /// Fish.
+    Fish,
+}
+
+impl CompletionShell {
+    /// The script, made from the definitions of the arguments.
+    fn script(self) -> Vec<u8> {
+        let shell = match self {
+            Self::Bash => clap_complete::Shell::Bash,
+            Self::Zsh => clap_complete::Shell::Zsh,
+            Self::Fish => clap_complete::Shell::Fish,
+        };
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Arguments::command(), "weir", &mut script);
+        script
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -144,6 +178,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
             Command::Monitor(arguments) => monitor::run(arguments, socket, format).await,
             Command::Wait(arguments) => agent::wait(socket, arguments.timeout, format).await,
             Command::Version => agent::version(socket, format).await,
+            Command::Completion { shell } => output::raw(&shell.script()),
         }
     })
 }
@@ -154,7 +189,6 @@ mod tests {
 
     #[test]
     fn the_arguments_are_consistent() {
-        use clap::CommandFactory as _;
         Arguments::command().debug_assert();
     }
 

@@ -28,8 +28,13 @@ pub fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
 
 /// Writes text as it is, at once.
 pub fn text(text: &str) -> anyhow::Result<()> {
+    raw(text.as_bytes())
+}
+
+/// Writes bytes as they are, at once.
+pub fn raw(bytes: &[u8]) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
+    out.write_all(bytes)?;
     out.flush()?;
     Ok(())
 }

@@ -50,6 +50,35 @@ fn bad_input_is_told_with_exit_code_1() {
         (&["monitor"], &["/does/not/exist.sock"]),
         (&["wait", "--applied"], &["/does/not/exist.sock"]),
         (
+            &["bpf", "lb", "list", "--frontends", "--maglev"],
+            &["'--frontends'", "cannot be used with", "--maglev"],
+        ),
+        (
+            &["bpf", "lb", "list", "--affinity", "--backends"],
+            &["'--affinity'", "cannot be used with", "--backends"],
+        ),
+        (
+            &["bpf", "lb", "list", "--sources"],
+            &["unexpected argument '--sources'", "Usage: weir bpf lb list"],
+        ),
+        (
+            &["bpf", "lb", "list", "--maglev=yes"],
+            &["'yes'", "'--maglev'"],
+        ),
+        (
+            &[
+                "bpf",
+                "lb",
+                "list",
+                "--affinity",
+                "--bpf-root",
+                "/does/not/exist",
+            ],
+            &["/does/not/exist/maps/CONFIG", "--bpf-root"],
+        ),
+        (&["completion"], &["<SHELL>"]),
+        (&["completion", "tcsh"], &["'tcsh'", "bash, zsh, fish"]),
+        (
             &["bpf", "flow", "list", "--bpf-root", "/does/not/exist"],
             &["/does/not/exist/maps/CONFIG", "--bpf-root"],
         ),

@@ -21,9 +21,7 @@ use weir_agent::{
         Datapath, DatapathOptions, EndpointRow, Hop, HopRef, NodeConfig,
         sys::{RawMap, bytes_of, from_bytes},
     },
-    model::{
-        Backend, BackendAddress, BackendState, Frontend, FrontendKind, ServicePort, ServicePortKey,
-    },
+    model::{Backend, BackendAddress, Frontend, ServicePort, ServicePortKey},
     objects::{Family, ObjectName, Protocol},
 };
 use weir_common::{

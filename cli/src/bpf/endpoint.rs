@@ -24,7 +24,7 @@ struct Row {
     ingress_set: u32,
     identity: u32,
     mtu: u16,
-    flags: Vec<&'static str>,
+    flags: Vec<String>,
 }
 
 pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {
@@ -85,7 +85,7 @@ fn table(rows: &[Row]) -> Table {
             Cell::number(row.egress_set),
             Cell::number(row.ingress_set),
             Cell::number(row.generation),
-            output::or_dash(&row.flags.join(",")).into(),
+            names::listed(&row.flags).into(),
         ]);
     }
     table
@@ -107,10 +107,12 @@ mod tests {
             ipv4: Ipv4([10, 0, 0, 7]),
             pod_mac: pod_mac(7),
             host_mac: host_mac(7),
+            flags: 0x3,
             ..Endpoint::default()
         };
         let row = row(7, &endpoint);
         assert_eq!(row.addresses, ["10.0.0.7"]);
+        assert_eq!(row.flags, ["no-socket-translation", "0x2"]);
         assert_eq!(row.device, "if4000000");
         let text = table(&[row]).render(false);
         assert!(

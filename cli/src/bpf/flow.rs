@@ -6,14 +6,11 @@ use aya::{
     Pod,
     maps::{HashMap as BpfHashMap, MapData},
 };
-use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use weir_common::{
     Ipv4, Ipv6,
     address::Address,
-    flow::{
-        ConnectionState, FlowEntry, FlowKey, TICKS_PER_SECOND, age, flag, now_from_nanoseconds,
-    },
+    flow::{ConnectionState, FlowEntry, FlowKey, TICKS_PER_SECOND, age, flag},
     protocol,
 };
 
@@ -54,9 +51,7 @@ struct Row {
 }
 
 pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {
-    let time = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
-    let nanoseconds = u64::try_from(std::time::Duration::from(time).as_nanos())?;
-    let now = now_from_nanoseconds(nanoseconds);
+    let now = super::now()?;
     let mut rows = family::<Ipv4>(pins, "FLOWS_V4", now)?;
     rows.extend(family::<Ipv6>(pins, "FLOWS_V6", now)?);
     output::list(format, &rows, table)

@@ -17,6 +17,7 @@ use crate::{
 struct Row {
     prefix: String,
     class: String,
+    flags: Vec<String>,
     next_hop: String,
     next_hop_number: u32,
     identity: u32,
@@ -45,6 +46,7 @@ where
         .map(|(address, length, entry)| Row {
             prefix: format!("{}/{length}", address.to_ip()),
             class: names::ipcache_class(entry.class),
+            flags: names::ipcache_flags(entry.flags),
             next_hop: names::next_hop(entry.next_hop),
             next_hop_number: entry.next_hop,
             identity: entry.identity,
@@ -53,11 +55,12 @@ where
 }
 
 fn table(rows: &[Row]) -> Table {
-    let mut table = Table::new(["PREFIX", "CLASS", "NEXT-HOP", "IDENTITY"]);
+    let mut table = Table::new(["PREFIX", "CLASS", "FLAGS", "NEXT-HOP", "IDENTITY"]);
     for row in rows {
         table.row([
             row.prefix.as_str().into(),
             row.class.as_str().into(),
+            names::listed(&row.flags).into(),
             row.next_hop.as_str().into(),
             Cell::number(row.identity),
         ]);

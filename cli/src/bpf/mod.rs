@@ -1,12 +1,16 @@
 //! `weir bpf …`: what is in the kernel, read from the pinned maps. It needs no agent, writes
 //! nothing, and shows what is there, not what should be.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, anyhow, bail};
 use aya::maps::{Array, Map, MapData, MapInfo};
 use clap::Subcommand;
-use weir_common::{ABI_VERSION, config::Config};
+use nix::time::{ClockId, clock_gettime};
+use weir_common::{ABI_VERSION, config::Config, flow::now_from_nanoseconds};
 
 use crate::{Format, agent};
 
@@ -34,7 +38,7 @@ pub struct Arguments {
 enum Table {
     /// Frontends of Services and the endpoints behind them, with their shares.
     #[command(subcommand)]
-    Lb(crate::List),
+    Lb(lb::Lb),
     /// Connections that are translated or policed, one row for each direction.
     #[command(subcommand)]
     Flow(crate::List),
@@ -61,14 +65,21 @@ pub async fn run(arguments: &Arguments, socket: &Path, format: Format) -> anyhow
             .map_or_else(|_| DEFAULT_ROOT.into(), PathBuf::from),
     };
     let pins = Pins::open(&root)?;
-    match arguments.table {
-        Table::Lb(_) => lb::list(&pins, format),
+    match &arguments.table {
+        Table::Lb(lb::Lb::List(arguments)) => lb::list(&pins, arguments, format),
         Table::Flow(_) => flow::list(&pins, format),
         Table::Endpoint(_) => endpoint::list(&pins, format),
         Table::Nexthop(_) => nexthop::list(&pins, format),
         Table::Ipcache(_) => ipcache::list(&pins, format),
         Table::Metrics(_) => metrics::list(&pins, format),
     }
+}
+
+/// Now, in the ticks of flow entries.
+fn now() -> anyhow::Result<u32> {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
+    let nanoseconds = u64::try_from(Duration::from(time).as_nanos())?;
+    Ok(now_from_nanoseconds(nanoseconds))
 }
 
 /// The directory of pinned maps of an agent.
@@ -98,6 +109,23 @@ impl Pins {
     fn capacity(&self, name: &str) -> anyhow::Result<usize> {
         let info = MapInfo::from_pin(self.maps.join(name))?;
         Ok(usize::try_from(info.max_entries())?)
+    }
+
+    /// As [`Pins::map`], of a map that agents of this layout did not always have.
+    fn recent_map<T>(&self, name: &str) -> anyhow::Result<T>
+    where
+        T: TryFrom<Map>,
+        T::Error: std::error::Error + Send + Sync + 'static,
+    {
+        // Other errors are told by `map`.
+        if let Ok(false) = self.maps.join(name).try_exists() {
+            bail!(
+                "there is no map {name} in {}: the agent that made the others does not have it; \
+                 install and start the agent that came with this weir",
+                self.maps.display()
+            );
+        }
+        self.map(name)
     }
 
     /// A pinned map, as the type that the caller knows it to be.

@@ -2,7 +2,7 @@
 
 use weir_common::{
     endpoint, flow, ipcache, next_hop, protocol,
-    service::{backend_state, scope as frontend_scope},
+    service::{backend_state, endpoint_set, scope as frontend_scope},
 };
 
 /// TCP, UDP …, or the number.
@@ -40,6 +40,74 @@ pub fn backend_state(state: u8) -> String {
     }
 }
 
+/// The set of endpoints that a row of `SERVICE_STATE` is.
+pub fn endpoint_set(state_row: u32) -> String {
+    set_name(state_row % endpoint_set::COUNT)
+}
+
+/// The sets that a backend belongs to, from the bits of its row.
+pub fn endpoint_sets(bits: u8) -> Vec<String> {
+    let sets = (0..u8::BITS).filter(|set| u32::from(bits) & (1 << set) != 0);
+    sets.map(set_name).collect()
+}
+
+fn set_name(set: u32) -> String {
+    match set {
+        endpoint_set::CLUSTER => "cluster".to_owned(),
+        endpoint_set::LOCAL => "local".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// What is said of an address in the ipcache.
+pub fn ipcache_flags(flags: u8) -> Vec<String> {
+    use ipcache::flag::{FRONTENDS, NODE_PORTS, REFUSE};
+    flags_of(
+        flags.into(),
+        &[
+            (FRONTENDS.into(), "frontends"),
+            (NODE_PORTS.into(), "node-ports"),
+            (REFUSE.into(), "refuse"),
+        ],
+    )
+}
+
+/// What is said of a pod of this node.
+pub fn endpoint_flags(flags: u16) -> Vec<String> {
+    flags_of(
+        flags,
+        &[(
+            endpoint::flag::NO_SOCKET_TRANSLATION,
+            "no-socket-translation",
+        )],
+    )
+}
+
+/// Names of the bits that are set; bits without a name as one number.
+fn flags_of(flags: u16, known: &[(u16, &str)]) -> Vec<String> {
+    let mut rest = flags;
+    let mut names = Vec::new();
+    for (bit, name) in known {
+        if flags & bit != 0 {
+            names.push((*name).to_owned());
+            rest &= !bit;
+        }
+    }
+    if rest != 0 {
+        names.push(format!("{rest:#x}"));
+    }
+    names
+}
+
+/// `a,b`, or `-` for none.
+pub fn listed(names: &[String]) -> String {
+    if names.is_empty() {
+        "-".to_owned()
+    } else {
+        names.join(",")
+    }
+}
+
 /// What a prefix of the ipcache is.
 pub fn ipcache_class(class: u8) -> String {
     match class {
@@ -69,19 +137,6 @@ pub fn next_hop(number: u32) -> String {
         number if next_hop::is_endpoint(number) => format!("endpoint {number}"),
         number => format!("node {number}"),
     }
-}
-
-/// Flags of a row of the endpoint table.
-pub fn endpoint_flags(flags: u16) -> Vec<&'static str> {
-    let known = [(
-        endpoint::flag::NO_SOCKET_TRANSLATION,
-        "no-socket-translation",
-    )];
-    known
-        .iter()
-        .filter(|(bit, _)| flags & bit != 0)
-        .map(|(_, name)| *name)
-        .collect()
 }
 
 /// TCP flags as letters: SFRA.
@@ -123,5 +178,15 @@ mod tests {
         assert_eq!(protocol(6), "TCP");
         assert_eq!(protocol(89), "89");
         assert_eq!(flow_scope(9), "9");
+    }
+
+    #[test]
+    fn bits_have_names_and_unknown_ones_are_shown() {
+        assert_eq!(listed(&ipcache_flags(0)), "-");
+        assert_eq!(listed(&ipcache_flags(0x5)), "frontends,refuse");
+        assert_eq!(listed(&ipcache_flags(0x82)), "node-ports,0x80");
+        assert_eq!(listed(&endpoint_flags(1)), "no-socket-translation");
+        assert_eq!(listed(&endpoint_sets(0b101)), "cluster,2");
+        assert_eq!(endpoint_set(9), "local");
     }
 }

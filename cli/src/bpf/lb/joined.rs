@@ -1,19 +1,22 @@
-//! `weir bpf lb list`: frontend → Service port → slots → backends.
+//! `weir bpf lb list`: frontend → Service port and set → slots → backends, in one view.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use aya::{
     Pod,
-    maps::{Array, ArrayOfMaps, HashMap as BpfHashMap, MapData},
+    maps::{Array, MapData},
 };
 use serde::Serialize;
 use weir_common::{
     Ipv4, Ipv6,
     address::Address,
-    service::{Backend, FrontendKey, ServiceState, SlotIndex, flag, service_port_of_row},
+    service::{Backend, FrontendKey, ServiceState, flag, service_port_of_row},
 };
 
-use super::{Pins, names};
+use super::{
+    Pins, frontend_address, frontend_text, frontends, names,
+    slots::{self, Slots},
+};
 use crate::{
     Format, output,
     table::{Cell, Colour, Table},
@@ -25,6 +28,7 @@ struct Row {
     port: u16,
     protocol: String,
     scope: String,
+    endpoint_set: String,
     service_port: u32,
     #[serde(flatten)]
     service: Service,
@@ -54,56 +58,44 @@ struct Share {
 pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {
     let mut tables = Tables {
         states: pins.map("SERVICE_STATE")?,
-        slots: pins.map("SLOTS")?,
+        slots: Slots::open(pins)?,
         backends: pins.map("BACKENDS")?,
-        chunks: HashMap::new(),
         services: HashMap::new(),
     };
-    let mut rows = tables.family::<Ipv4>(&pins.map("FRONTENDS_V4")?)?;
-    rows.extend(tables.family::<Ipv6>(&pins.map("FRONTENDS_V6")?)?);
+    let mut rows = tables.family::<Ipv4>(pins, "FRONTENDS_V4")?;
+    rows.extend(tables.family::<Ipv6>(pins, "FRONTENDS_V6")?);
     output::list(format, &rows, table)
 }
 
 struct Tables {
     states: Array<MapData, ServiceState>,
-    slots: ArrayOfMaps<MapData, Array<MapData, u64>>,
+    slots: Slots,
     backends: Array<MapData, Backend>,
-    chunks: HashMap<u32, Array<MapData, u64>>,
     /// By row of `SERVICE_STATE`: frontends share them.
     services: HashMap<u32, Service>,
 }
 
 impl Tables {
-    fn family<A>(
-        &mut self,
-        frontends: &BpfHashMap<MapData, FrontendKey<A>, u32>,
-    ) -> anyhow::Result<Vec<Row>>
+    fn family<A>(&mut self, pins: &Pins, name: &str) -> anyhow::Result<Vec<Row>>
     where
         A: Address + Ord,
         FrontendKey<A>: Pod,
     {
-        let mut found = Vec::new();
-        for entry in frontends.iter() {
-            found.push(entry?);
-        }
-        found.sort_by_key(|(key, _)| (key.address, key.port, key.protocol, key.scope));
-        // A deletion while we walk may start the walk anew.
-        found.dedup();
-        let v6 = A::BITS == 128;
         let row = |(key, state_row): (FrontendKey<A>, u32)| {
             Ok(Row {
-                address: key.address.to_ip().to_string(),
+                address: frontend_address(&key),
                 port: key.port.get(),
                 protocol: names::protocol(key.protocol),
                 scope: names::frontend_scope(key.scope),
+                endpoint_set: names::endpoint_set(state_row),
                 service_port: service_port_of_row(state_row),
-                service: self.service(state_row, v6)?,
+                service: self.service::<A>(state_row)?,
             })
         };
-        found.into_iter().map(row).collect()
+        frontends::<A>(pins, name)?.into_iter().map(row).collect()
     }
 
-    fn service(&mut self, state_row: u32, v6: bool) -> anyhow::Result<Service> {
+    fn service<A: Address>(&mut self, state_row: u32) -> anyhow::Result<Service> {
         if let Some(service) = self.services.get(&state_row) {
             return Ok(service.clone());
         }
@@ -112,54 +104,26 @@ impl Tables {
             in_use: state.flags() & flag::IN_USE != 0,
             first_slot: state.first_slot(),
             slots: state.slots(),
-            backends: self.shares(state, v6)?,
+            backends: self.shares::<A>(state)?,
         };
         self.services.insert(state_row, service.clone());
         Ok(service)
     }
 
-    fn shares(&mut self, state: ServiceState, v6: bool) -> anyhow::Result<Vec<Share>> {
-        let mut counts: BTreeMap<u32, u32> = BTreeMap::new();
-        for offset in 0..state.slots() {
-            let place = SlotIndex::new(state.first_slot().wrapping_add(offset));
-            let backend = self.element(place.chunk, place.element)? >> place.shift;
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "the half that was shifted down"
-            )]
-            let backend = backend as u32;
-            *counts.entry(backend).or_default() += 1;
-        }
-        let mut shares = Vec::with_capacity(counts.len());
-        for (number, slots) in counts {
+    fn shares<A: Address>(&mut self, state: ServiceState) -> anyhow::Result<Vec<Share>> {
+        let share = |(number, slots): (u32, u32)| {
             let backend = self.backends.get(&number, 0)?;
-            let address = if v6 {
-                backend.address::<Ipv6>().to_ip()
-            } else {
-                backend.address::<Ipv4>().to_ip()
-            };
-            shares.push(Share {
+            Ok(Share {
                 number,
-                address: address.to_string(),
+                address: backend.address::<A>().to_ip().to_string(),
                 port: backend.port.get(),
                 state: names::backend_state(backend.state),
                 generation: backend.generation,
                 slots,
-                share: (f64::from(slots) * 10_000.0 / f64::from(state.slots().max(1))).round()
-                    / 100.0,
-            });
-        }
-        Ok(shares)
-    }
-
-    fn element(&mut self, chunk: u32, element: u32) -> anyhow::Result<u64> {
-        let inner = match self.chunks.entry(chunk) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(self.slots.get(&chunk, 0)?)
-            }
+                share: slots::share(slots, state.slots()),
+            })
         };
-        Ok(inner.get(&element, 0)?)
+        self.slots.count(state)?.into_iter().map(share).collect()
     }
 }
 
@@ -167,6 +131,7 @@ fn table(rows: &[Row]) -> Table {
     let mut table = Table::new([
         "FRONTEND",
         "SCOPE",
+        "SET",
         "SERVICE-PORT",
         "SLOTS",
         "BACKEND",
@@ -176,7 +141,6 @@ fn table(rows: &[Row]) -> Table {
     ]);
     for row in rows {
         let service = &row.service;
-        let frontend = output::address_port(&row.address, row.port);
         let each = |show: fn(&Share) -> String| {
             if service.in_use {
                 Cell::lines(service.backends.iter().map(show))
@@ -185,8 +149,9 @@ fn table(rows: &[Row]) -> Table {
             }
         };
         table.row([
-            format!("{frontend}/{}", row.protocol).into(),
+            frontend_text(&row.address, row.port, &row.protocol).into(),
             row.scope.as_str().into(),
+            row.endpoint_set.as_str().into(),
             Cell::number(row.service_port),
             Cell::number(service.slots),
             each(|b| output::address_port(&b.address, b.port)),
@@ -218,6 +183,7 @@ mod tests {
             port: 80,
             protocol: "TCP".into(),
             scope: "inside".into(),
+            endpoint_set: "cluster".into(),
             service_port: 4,
             service: Service {
                 in_use: true,
@@ -228,9 +194,9 @@ mod tests {
         };
         assert_eq!(
             table(std::slice::from_ref(&row)).render(false),
-            "FRONTEND          SCOPE   SERVICE-PORT  SLOTS  BACKEND        NUMBER  STATE   SHARE\n\
-             10.96.0.1:80/TCP  inside             4    251  10.0.1.5:8080  5       active  50.20%\n\
-             \u{20}                                              10.0.1.6:8080  6       active  49.80%\n"
+            "FRONTEND          SCOPE   SET      SERVICE-PORT  SLOTS  BACKEND        NUMBER  STATE   SHARE\n\
+             10.96.0.1:80/TCP  inside  cluster             4    251  10.0.1.5:8080  5       active  50.20%\n\
+             \u{20}                                                       10.0.1.6:8080  6       active  49.80%\n"
         );
         let json = serde_json::to_value(&row).unwrap();
         assert_eq!(json["slots"], 251);
