@@ -149,6 +149,71 @@ fn maps_are_listed_with_and_without_an_agent() -> TestResult {
 }
 
 #[test]
+fn tables_of_services_are_listed_each_by_itself() -> TestResult {
+    let bed = Bed::new("tables of services")?;
+    let table = |which: &str| bed.list(&["bpf", "lb", "list", which]);
+    let frontends = table("--frontends")?;
+    // TCP and UDP of two families.
+    assert_eq!(frontends.len(), 4, "{frontends:?}");
+    let addresses = cluster_ips(10).map(|ip| ip.to_string());
+    let mut service_ports = Vec::new();
+    for frontend in &frontends {
+        let address = frontend["address"].as_str().context("address")?;
+        assert!(addresses.iter().any(|a| a == address), "{frontend}");
+        assert_eq!(frontend["port"], 80);
+        assert_eq!(frontend["endpoint_set"], "cluster");
+        service_ports.push(number(&frontend["service_port"]));
+    }
+    service_ports.sort();
+    service_ports.dedup();
+    assert_eq!(service_ports.len(), 4, "{frontends:?}");
+
+    let backends = table("--backends")?;
+    assert_eq!(backends.len(), 8, "two pods for each: {backends:?}");
+    for pod in &bed.pods {
+        for address in &pod.addresses {
+            let of_pod = backends.iter().filter(|backend| {
+                backend["address"] == address.to_string() && backend["port"] == PORT
+            });
+            assert_eq!(of_pod.count(), 2, "TCP and UDP of {address}: {backends:?}");
+        }
+    }
+
+    for service_port in service_ports {
+        let sets = table("--maglev")?;
+        let set = sets
+            .iter()
+            .find(|set| {
+                number(&set["service_port"]) == service_port && set["endpoint_set"] == "cluster"
+            })
+            .with_context(|| format!("{service_port:?} in {sets:?}"))?;
+        let slots = set["backends"].as_array().context("backends")?.iter();
+        let slots: Vec<u64> = slots.filter_map(|share| number(&share["slots"])).collect();
+        assert_eq!(slots.len(), 2, "{set}");
+        assert_eq!(Some(slots.iter().sum()), number(&set["slots"]), "{set}");
+        assert!(slots[0].abs_diff(slots[1]) <= 2, "{set}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_table_that_is_not_there_is_said_to_be_missing() -> TestResult {
+    let bed = Bed::new("missing table")?;
+    // As after an agent that did not have it; one that never had it has no pin either.
+    let _ = std::fs::remove_file(bed.node().bpf_root.join("maps/AFFINITY"));
+    let output = bed
+        .node()
+        .agent()
+        .weir(&["bpf", "lb", "list", "--affinity"])?;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stderr);
+    for part in ["no map AFFINITY", "install and start the agent"] {
+        assert!(text.contains(part), "{text}");
+    }
+    Ok(())
+}
+
+#[test]
 fn monitor_shows_drops_with_pod_names() -> TestResult {
     let bed = Bed::new("monitor")?;
     let agent_socket = bed.node().agent().socket();
