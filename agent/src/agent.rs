@@ -37,6 +37,7 @@ mod apply;
 pub mod cleanup;
 mod drift;
 mod endpoints;
+mod host;
 pub mod names;
 pub mod rows;
 mod socket_translation;
@@ -88,6 +89,7 @@ pub struct Agent {
     program_ids: Vec<u32>,
     config: NodeConfig,
     late: Late,
+    host: host::Host,
     netlink: Netlink,
     network: mpsc::Receiver<NetlinkEvent>,
     nodes: NodeManager,
@@ -207,6 +209,9 @@ impl Agent {
         };
         let config = NodeConfig {
             timeouts: settings.timeouts,
+            netns_cookie: host::netns_cookie()
+                .context("cannot tell this network namespace from others (SO_NETNS_COOKIE)")?,
+            refusals_per_second: settings.refusals_per_second,
             ..NodeConfig::default()
         };
         let mut agent = Self {
@@ -223,6 +228,7 @@ impl Agent {
             rows: Rows::default(),
             program_ids: start::program_ids(&mut datapath),
             late: start::late(&datapath),
+            host: host::Host::default(),
             datapath,
             ring,
             config,
@@ -357,6 +363,7 @@ impl Agent {
     async fn network_changed(&mut self, event: NetlinkEvent) {
         self.device_names.clear();
         self.network_has_changed = true;
+        self.host_changed(&event);
         match event {
             NetlinkEvent::Changed => self.mark(Row::Network),
             NetlinkEvent::LinkRemoved(ifindex) => {

@@ -37,6 +37,10 @@ pub struct Settings {
     pub bpf_root: PathBuf,
     /// Folder of the cgroup2 hierarchy: programs at system calls see the processes in it and below.
     pub cgroup_root: PathBuf,
+    /// TCP connections to Services are translated at the socket.
+    pub socket_translation: bool,
+    /// Refusals (TCP resets, ICMP port unreachable) sent per second at most, 0 for no limit.
+    pub refusals_per_second: u32,
     /// Devices to attach to; empty: to be found.
     pub devices: Vec<String>,
     /// MTU of the pods' devices, bytes; `None`: to be found.
@@ -310,6 +314,8 @@ impl Values {
             },
             exclude_services: self.parse("exclude-services", label_selector)?.flatten(),
             exclude_cidrs: self.parse("exclude-cidrs", cidrs)?.unwrap_or_default(),
+            socket_translation: self.required("socket-translation", "true or false", boolean)?,
+            refusals_per_second: self.number("refusals-per-second", 0, 1_000_000)?,
             expedite_rcu: self.required("expedite-rcu", "true or false", boolean)?,
             log: self.required("log", "a filter", log_filter)?,
             log_format: self.required("log-format", "text or json", log_format)?,

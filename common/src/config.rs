@@ -2,7 +2,9 @@
 //! `CONFIG` array. Switches that remove code are globals set at load instead (see
 //! `weir-ebpf`'s `switches`).
 
-use crate::{Ipv4, Ipv6, address::Address, assert_abi_size, flow::Timeouts, limits, map_types};
+use crate::{
+    Ipv4, Ipv6, MacAddress, address::Address, assert_abi_size, flow::Timeouts, limits, map_types,
+};
 
 /// A range of addresses that pods of this node have.
 ///
@@ -89,6 +91,8 @@ pub const NAT_PORT_FIRST: u16 = 61_000;
 /// Default number of NAT ports: 61000 to 65534.
 pub const NAT_PORT_COUNT: u16 = 4535;
 
+/// Ethernet address of both ends of the node's own device (locally administered, unicast).
+pub const HOST_DEVICE_MAC: MacAddress = MacAddress([0x06, 0x57, 0, 0, 0, 1]);
 /// Default of [`Config::refusals_per_second`]: what Linux sends of ICMP errors
 /// (`net.ipv4.icmp_msgs_per_sec`).
 pub const REFUSALS_PER_SECOND: u32 = 1000;

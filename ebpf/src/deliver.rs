@@ -7,6 +7,7 @@ use aya_ebpf::{
 };
 use weir_common::{
     DropReason, MacAddress,
+    config::HOST_DEVICE_MAC,
     endpoint::Endpoint,
     flow::flag,
     mark,
@@ -126,7 +127,7 @@ pub fn deliver<F: Family>(
     }
     F::decrement_ttl(ctx)?;
     if let Some(row) = hop.endpoint {
-        write_macs(ctx, row)?;
+        write_macs(ctx, [row.pod_mac, row.host_mac])?;
     }
     if rewrite {
         packet.rewrite.fix_checksum::<F>(ctx, packet)?;
@@ -177,19 +178,20 @@ pub fn to_stack<F: Family>(
     {
         return Ok(Verdict::STACK);
     }
+    write_macs(ctx, [HOST_DEVICE_MAC; 2])?;
     // SAFETY: no preconditions; a device that is gone makes the helper drop the packet.
     let action = unsafe { bpf_redirect(ifindex, u64::from(BPF_F_INGRESS)) };
     Ok(Verdict::to_stack_by(action as i32))
 }
 
-/// Gives the frame the addresses that the host would have given it: packet sockets in the pod and
-/// guests of virtual machines look at them.
+/// Gives the frame Ethernet addresses, destination first: those that the host would have given it, as
+/// packet sockets in the pod and guests of virtual machines look at them.
 #[inline(always)]
-fn write_macs(ctx: &TcContext, row: &Endpoint) -> Result<(), DropReason> {
+fn write_macs(ctx: &TcContext, addresses: [MacAddress; 2]) -> Result<(), DropReason> {
     // SAFETY: plain bytes.
     let macs = unsafe { access::at::<[MacAddress; 2]>(ctx, 0) }.ok_or(DropReason::Malformed)?;
     // SAFETY: checked by `at`; nobody else holds a reference into the packet.
-    unsafe { *macs = [row.pod_mac, row.host_mac] };
+    unsafe { *macs = addresses };
     Ok(())
 }
 

@@ -29,7 +29,8 @@ impl Agent {
         let either = |wanted, add, remove| if wanted { add } else { remove };
         match row {
             Row::Network => Phase::Look,
-            Row::Config => Phase::Found,
+            Row::Config | Row::Host => Phase::Found,
+            Row::Sockets | Row::ServiceRoutes => Phase::Clear,
             Row::Device(ifindex) => {
                 let wanted = self.plan.devices.contains_key(ifindex);
                 either(wanted, Phase::Found, Phase::Clear)
@@ -84,6 +85,9 @@ impl Agent {
         match row {
             Row::Network => self.look_at_network().await,
             Row::Config => self.apply_config(),
+            Row::Host => self.apply_host().await,
+            Row::Sockets => self.apply_sockets(),
+            Row::ServiceRoutes => self.apply_service_routes().await,
             Row::Device(ifindex) => self.apply_device(*ifindex),
             Row::Hop(node, family) => self.apply_hop(node, *family),
             Row::Endpoint(key) => self.apply_flags(key),
@@ -96,6 +100,7 @@ impl Agent {
                 } else {
                     self.applied.remove(&**key);
                 }
+                self.note_service_addresses();
                 Ok(())
             }
             Row::Sweep => self.sweep().await,
@@ -134,6 +139,7 @@ impl Agent {
     fn adopt_plan(&mut self, before: &NodePlan) {
         if self.plan.mtu != 0 {
             self.endpoints.set_mtu(self.plan.mtu);
+            self.mark(Row::Host);
         }
         if self.plan.pod_cidrs != before.pod_cidrs {
             // A node object that is not here yet is no reason to forget the ranges.
@@ -166,6 +172,9 @@ impl Agent {
         });
         self.config.pod_ranges = self.endpoints.pod_ranges().collect();
         self.datapath.config_mut().apply(&self.config)?;
+        if self.host.node_addresses_are_new(&self.config) {
+            self.mark(Row::ServiceRoutes);
+        }
         Ok(())
     }
 
@@ -231,10 +240,14 @@ impl Agent {
             .flat_map(|e| e.spec.addresses.iter().copied())
             .collect();
         let pods = endpoints().map(|e| e.spec.host_ifindex);
-        let devices = self.plan.devices.keys().copied().chain(pods).collect();
+        let own = self.host.programs();
+        let devices = self.plan.devices.keys().copied();
+        let devices = devices.chain(pods).chain(own).collect();
 
         self.attach_late()?;
         let pruned = self.datapath.prune()?;
+        self.host.forget_routes();
+        self.mark(Row::ServiceRoutes);
         let endpoints = self.datapath.prune_endpoints(&numbers)?;
         let attachments = self.datapath.sweep_attachments(&devices)?.len();
         let routes = pod::sweep(&self.netlink, &addresses).await?.len();
@@ -265,6 +278,8 @@ impl Agent {
             self.late.pods.pop_first();
         }
         self.late.waiting = false;
+        self.mark(Row::Host);
+        self.mark(Row::Sockets);
         Ok(())
     }
 }

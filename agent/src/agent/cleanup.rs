@@ -10,7 +10,7 @@ use weir_common::metrics::Hook;
 use super::start::datapath_options;
 use crate::{
     datapath::{Datapath, expedite::Expedite},
-    netlink::{Change, Netlink, RouteTarget, sysctl::Sysctls},
+    netlink::{Change, Netlink, RouteTarget, host_device::HOST_DEVICE, sysctl::Sysctls},
     settings::Settings,
 };
 
@@ -105,6 +105,12 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
         Err(error) => errors.push(error.to_string()),
     }
     if let Ok(links) = netlink.links().await {
+        for link in links.iter().filter(|link| link.name == HOST_DEVICE) {
+            match netlink.remove_link(link.ifindex).await {
+                Ok(()) => tell("removed the devices weir-host and weir-net"),
+                Err(error) => errors.push(error.to_string()),
+            }
+        }
         let pods = links.iter().filter(|link| link.is_pod_device()).count();
         if pods > 0 {
             tell(&format!(
@@ -139,8 +145,10 @@ fn remove_pins(settings: &Settings) -> (usize, Vec<String>) {
     if attached > 0 {
         // Filters of a clsact qdisc do not go with their pin: the data path detaches them. If it
         // cannot be loaded, removing the pins still detaches tcx links.
-        let detached = Datapath::open(&datapath_options(settings))
-            .and_then(|datapath| datapath.sweep_attachments(&BTreeSet::new()));
+        let detached = Datapath::open(&datapath_options(settings)).and_then(|datapath| {
+            datapath.detach_sockets()?;
+            datapath.sweep_attachments(&BTreeSet::new())
+        });
         match detached {
             Ok(_) => removed += attached,
             Err(error) => errors.push(format!("cannot detach in the usual way: {error}")),

@@ -24,6 +24,12 @@ pub enum Row {
     Network,
     /// The row of `CONFIG`.
     Config,
+    /// The node's own device, and the programs on it and on the loopback device.
+    Host,
+    /// The programs of sockets.
+    Sockets,
+    /// Routes of addresses of Services to the node's own device.
+    ServiceRoutes,
     /// A device of the node and the programs on it.
     Device(u32),
     /// The next hop to a node.
@@ -43,6 +49,9 @@ impl fmt::Display for Row {
         match self {
             Self::Network => f.write_str("routes to other nodes"),
             Self::Config => f.write_str("configuration of this node"),
+            Self::Host => f.write_str("devices weir-host and weir-net"),
+            Self::Sockets => f.write_str("programs of sockets"),
+            Self::ServiceRoutes => f.write_str("routes to addresses of Services"),
             Self::Device(ifindex) => write!(f, "programs of device #{ifindex}"),
             Self::Hop(node, family) => write!(f, "next hop to node {node} ({})", family.name()),
             Self::Endpoint(key) => write!(f, "flags of endpoint {key}"),

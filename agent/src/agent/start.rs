@@ -15,7 +15,7 @@ use weir_common::{
     metrics::{HOOKS, outcome},
 };
 
-use super::{Agent, Late};
+use super::{Agent, Late, Row};
 use crate::{
     datapath::{Datapath, DatapathOptions},
     endpoint::boot_seconds,
@@ -214,6 +214,8 @@ impl Agent {
             // Tried again at every tick, and shown in the status meanwhile.
             tracing::warn!(%error, "cannot take over an endpoint of an earlier agent");
         }
+        self.mark(Row::Host);
+        self.mark(Row::Sockets);
         self.events_lost = self
             .datapath
             .counters()

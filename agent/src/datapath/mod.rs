@@ -29,6 +29,7 @@ pub mod verify;
 use std::{
     collections::BTreeSet,
     io,
+    net::IpAddr,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
@@ -470,6 +471,11 @@ impl Datapath {
     #[must_use]
     pub fn ipcache(&self) -> &Ipcache {
         &self.ipcache
+    }
+
+    /// See [`Ipcache::take_service_addresses`].
+    pub fn take_service_addresses(&mut self) -> BTreeSet<IpAddr> {
+        self.ipcache.take_service_addresses()
     }
 
     /// Says what a prefix is: `class` is one of [`weir_common::ipcache::class`], `flags` are of

@@ -172,10 +172,12 @@ pub(super) fn route(message: &RouteMessage) -> Option<Route> {
     };
     let mut destination = destination;
     let mut metric = 0;
+    let mut source = None;
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(to) => destination = ip(to)?,
             RouteAttribute::Priority(priority) => metric = *priority,
+            RouteAttribute::PrefSource(address) => source = ip(address),
             _ => {}
         }
     }
@@ -188,9 +190,10 @@ pub(super) fn route(message: &RouteMessage) -> Option<Route> {
                 ifindex: Some(ifindex),
                 gateway,
             },
-        ) => match gateway {
-            Some(gateway) => RouteTarget::Via { ifindex, gateway },
-            None => RouteTarget::Link { ifindex },
+        ) => match (gateway, source) {
+            (Some(gateway), _) => RouteTarget::Via { ifindex, gateway },
+            (None, Some(source)) => RouteTarget::Service { ifindex, source },
+            (None, None) => RouteTarget::Link { ifindex },
         },
         _ => RouteTarget::Foreign,
     };
@@ -242,6 +245,13 @@ fn route_message(route: &Route) -> RouteMessage {
         RouteTarget::Link { ifindex } => {
             message.header.scope = RouteScope::Link;
             message.attributes.push(RouteAttribute::Oif(ifindex));
+        }
+        RouteTarget::Service { ifindex, source } => {
+            message.header.scope = RouteScope::Link;
+            message.attributes.push(RouteAttribute::Oif(ifindex));
+            message
+                .attributes
+                .push(RouteAttribute::PrefSource(source.into()));
         }
         RouteTarget::Via { ifindex, gateway } => {
             message.attributes.push(RouteAttribute::Oif(ifindex));

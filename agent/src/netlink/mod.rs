@@ -8,6 +8,7 @@
 
 mod connection;
 mod convert;
+pub mod host_device;
 pub mod pod;
 mod socket;
 pub mod sysctl;
@@ -30,6 +31,8 @@ pub const ROUTE_PROTOCOL: u8 = 157;
 /// Metric of Weir's unicast routes. Not the kernel's default (0 for IPv4, 1024 for IPv6), so that
 /// a route of an administrator to the same prefix is another route and never replaced.
 pub const ROUTE_METRIC: u32 = 157;
+/// Metric of routes to addresses of Services.
+pub const SERVICE_METRIC: u32 = 158;
 
 /// Metric of Weir's `unreachable` routes: any other route to the same prefix is preferred. The
 /// number is the one of the kernel's `Documentation/networking/vrf.rst`.
@@ -102,6 +105,13 @@ pub enum RouteTarget {
         /// Interface index.
         ifindex: u32,
     },
+    /// To the node's own device, from an address of the node: an address of Services.
+    Service {
+        /// Interface index.
+        ifindex: u32,
+        /// Source address of what takes the route and has none yet.
+        source: IpAddr,
+    },
     /// Through a gateway on the link, of either family (RFC 5549).
     Via {
         /// Interface index.
@@ -125,6 +135,15 @@ impl Route {
         }
     }
 
+    /// An address of Services, to the node's own device.
+    pub fn to_service(address: IpAddr, ifindex: u32, source: IpAddr) -> Self {
+        Self {
+            destination: address.into(),
+            metric: SERVICE_METRIC,
+            target: RouteTarget::Service { ifindex, source },
+        }
+    }
+
     /// Through a gateway.
     pub fn via(destination: IpNet, ifindex: u32, gateway: IpAddr) -> Self {
         Self {
@@ -143,7 +162,17 @@ impl Route {
         }
     }
 
-    /// Whether it is one that [`pod::install`] makes; the others are the node manager's.
+    /// Whether it is one of the node manager's: pods and Services have theirs from others.
+    pub fn is_to_node(&self) -> bool {
+        !self.is_to_pod() && !self.is_to_service()
+    }
+
+    /// Whether it leads to an address of Services.
+    pub fn is_to_service(&self) -> bool {
+        self.metric == SERVICE_METRIC
+    }
+
+    /// Whether it is one that [`pod::install`] makes.
     pub fn is_to_pod(&self) -> bool {
         matches!(self.target, RouteTarget::Link { .. })
             && self.destination.prefix_len() == self.destination.max_prefix_len()
@@ -155,6 +184,9 @@ impl fmt::Display for Route {
         let destination = self.destination;
         match self.target {
             RouteTarget::Link { ifindex } => write!(f, "{destination} dev #{ifindex}"),
+            RouteTarget::Service { ifindex, source } => {
+                write!(f, "{destination} dev #{ifindex} src {source}")
+            }
             RouteTarget::Via { ifindex, gateway } => {
                 write!(f, "{destination} via {gateway} dev #{ifindex}")
             }
@@ -233,6 +265,9 @@ pub enum NetlinkError {
         /// The kernel's answer.
         refusal: Refusal,
     },
+    /// The node's own device cannot be made.
+    #[error("cannot make the devices weir-host and weir-net: {0}")]
+    HostDevice(String),
     /// The kernel would not send to the address.
     #[error("no route to {destination}: {cause}")]
     NoRoute {

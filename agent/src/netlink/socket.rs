@@ -24,7 +24,9 @@ use super::{
     Address, Change, Link, NetlinkError, NetlinkEvent, ROUTE_PROTOCOL, Refusal, ResolvedRoute,
     Route,
     connection::{Connection, Reply},
-    convert, watch,
+    convert,
+    host_device::{self, HOST_DEVICE, HostDevice, NET_DEVICE},
+    watch,
 };
 
 /// Network configuration of one network namespace: that of the thread that called [`Netlink::new`].
@@ -164,6 +166,25 @@ impl Netlink {
                 .collect(),
             Err(error) => vec![error.into()],
         }
+    }
+
+    /// Makes the node's own device, both ends up, in place of one that is not as it should be. `mtu`
+    /// in bytes.
+    pub async fn make_host_device(&self, mtu: u32) -> Result<HostDevice, NetlinkError> {
+        for link in self.links().await? {
+            if link.name == HOST_DEVICE || link.name == NET_DEVICE {
+                self.remove_link(link.ifindex).await?;
+            }
+        }
+        let reply = blocking(&self.requests, move |connection| {
+            connection.exchange(vec![host_device::creation(mtu)])
+        });
+        if let Some(Err(refusal)) = reply.await?.pop() {
+            return Err(NetlinkError::HostDevice(refusal.to_string()));
+        }
+        host_device::find(&self.links().await?).ok_or_else(|| {
+            NetlinkError::HostDevice("it is not there although it was made".to_owned())
+        })
     }
 
     /// Enters a route, or replaces the one with its destination and metric.

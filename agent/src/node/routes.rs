@@ -23,7 +23,7 @@ fn differences(present: &[Route], wanted: &[Route], sweep: bool) -> Vec<Change> 
     // Destination and metric are the identity of a route.
     let mut unwanted: BTreeMap<(IpNet, u32), &Route> = present
         .iter()
-        .filter(|route| !route.is_to_pod())
+        .filter(|route| route.is_to_node())
         .map(|route| ((route.destination, route.metric), route))
         .collect();
     let mut changes = Vec::new();

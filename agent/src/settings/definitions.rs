@@ -145,6 +145,20 @@ pub const ALL: &[Definition] = &[
         "Idle time of a UDP flow with answers, 1 to 2000000",
     ),
     define(
+        "socket-translation",
+        "BOOL",
+        Some("true"),
+        "Translate TCP connections to Services at the socket instead of packet by packet: true or \
+         false",
+    ),
+    define(
+        "refusals-per-second",
+        "COUNT",
+        Some("1000"),
+        "TCP resets and ICMP port unreachable that are sent per second at most for what no Service \
+         serves, 0 to 1000000, 0 for no limit",
+    ),
+    define(
         "exclude-services",
         "SELECTOR",
         None,

@@ -31,6 +31,9 @@ pub struct Ipcache {
     v6: LpmTrie<MapData, Ipv6, IpcacheEntry>,
     entries: u32,
     rows: HashMap<IpNet, Row>,
+    /// Addresses that have become Services' own, or are no longer, since the last
+    /// [`Self::take_service_addresses`].
+    service_addresses: BTreeSet<IpAddr>,
 }
 
 /// What is known of one prefix.
@@ -146,6 +149,7 @@ impl Ipcache {
             v6,
             entries,
             rows,
+            service_addresses: BTreeSet::new(),
         })
     }
 
@@ -297,6 +301,28 @@ impl Ipcache {
         failed.map_or(Ok(removed), Err)
     }
 
+    /// Whether an address belongs to Services alone: what nobody serves there is refused.
+    #[must_use]
+    pub fn is_service_address(&self, address: IpAddr) -> bool {
+        self.rows
+            .get(&IpNet::from(address))
+            .and_then(|row| row.written)
+            .is_some_and(|entry| entry.flags & flag::REFUSE != 0)
+    }
+
+    /// All such addresses.
+    pub fn service_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.rows.iter().filter_map(|(prefix, row)| {
+            let entry = row.written?;
+            (entry.flags & flag::REFUSE != 0).then_some(prefix.addr())
+        })
+    }
+
+    /// The addresses that have become such, or are no longer, since the last call.
+    pub fn take_service_addresses(&mut self) -> BTreeSet<IpAddr> {
+        std::mem::take(&mut self.service_addresses)
+    }
+
     /// The next hop that the entry of `prefix` names in the kernel, also one found at start.
     #[must_use]
     pub fn next_hop(&self, prefix: IpNet) -> Option<u32> {
@@ -353,6 +379,12 @@ impl Ipcache {
                         removed(MAP_V6, prefix, self.v6.remove(&key))?;
                     }
                 },
+            }
+            let is_service = |entry: Option<IpcacheEntry>| {
+                entry.is_some_and(|entry| entry.flags & flag::REFUSE != 0)
+            };
+            if is_service(row.written) != is_service(wanted) {
+                self.service_addresses.insert(prefix.addr());
             }
             row.written = wanted;
         }

@@ -1,0 +1,239 @@
+//! What serves the node's own processes: the programs of sockets, the node's own device with the
+//! routes that lead to it, and the program on the loopback device.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+use super::{Agent, Row};
+use crate::{
+    datapath::NodeConfig,
+    netlink::{
+        Change, NetlinkEvent, Route,
+        host_device::{self, HostDevice},
+    },
+};
+
+/// Interface index of the loopback device, in every network namespace.
+const LOOPBACK: u32 = 1;
+const LOOPBACK_NAME: &str = "lo";
+/// MTU of the node's own device before that of the node's devices is known.
+const MTU: u32 = 1500;
+
+/// What is known of the node's own device.
+#[derive(Debug, Default)]
+pub(super) struct Host {
+    device: Option<HostDevice>,
+    /// Routes to addresses of Services in the kernel; `None`: to be listed.
+    routes: Option<BTreeMap<IpAddr, Route>>,
+    /// Addresses whose routes are to be looked at.
+    dirty: BTreeSet<IpAddr>,
+    /// Source addresses of the routes.
+    sources: Vec<IpAddr>,
+}
+
+impl Host {
+    /// Devices that have `from_host`.
+    pub(super) fn programs(&self) -> impl Iterator<Item = u32> + use<> {
+        let net = self.device.map(|device| device.net);
+        net.into_iter().chain([LOOPBACK])
+    }
+
+    /// All routes are to be looked at.
+    pub(super) fn forget_routes(&mut self) {
+        self.routes = None;
+    }
+
+    /// Whether the routes need other source addresses than they have.
+    pub(super) fn node_addresses_are_new(&mut self, config: &NodeConfig) -> bool {
+        let v4 = config.node_v4.map(IpAddr::V4);
+        let v6 = config.node_v6.map(IpAddr::V6);
+        let sources: Vec<IpAddr> = v4.into_iter().chain(v6).collect();
+        let new = sources != self.sources;
+        if new {
+            self.sources = sources;
+            self.routes = None;
+        }
+        new
+    }
+
+    /// The route that an address of Services should have; `None` while there is nothing to lead to.
+    fn route(&self, address: IpAddr) -> Option<Route> {
+        let device = self.device?;
+        let source = self
+            .sources
+            .iter()
+            .find(|source| source.is_ipv4() == address.is_ipv4())?;
+        Some(Route::to_service(address, device.host, *source))
+    }
+}
+
+/// The cookie of the network namespace of the calling thread (`SO_NETNS_COOKIE`, kernel 5.14).
+///
+/// # Errors
+///
+/// The kernel's.
+pub(super) fn netns_cookie() -> std::io::Result<u64> {
+    use std::os::fd::AsRawFd as _;
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the option writes eight bytes at most, and `cookie` has them.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
+}
+
+impl Agent {
+    /// The node's own device is there and has its program, and so has the loopback device.
+    pub(super) async fn apply_host(&mut self) -> anyhow::Result<()> {
+        let mtu = if self.plan.mtu == 0 {
+            MTU
+        } else {
+            self.plan.mtu
+        };
+        let links = self.netlink.links().await?;
+        let found = host_device::find(&links).filter(|device| {
+            let fits =
+                |link: &&crate::netlink::Link| link.ifindex == device.host && link.mtu == mtu;
+            links.iter().any(|link| fits(&link))
+        });
+        let device = match found {
+            Some(device) => device,
+            None => self.netlink.make_host_device(mtu).await?,
+        };
+        host_device::set_switches()?;
+        if self.host.device != Some(device) {
+            self.host.device = Some(device);
+            self.host.forget_routes();
+            self.mark(Row::ServiceRoutes);
+        }
+        if !self.late.waiting {
+            self.datapath
+                .attach_host(device.net, host_device::NET_DEVICE)?;
+            self.datapath.attach_host(LOOPBACK, LOOPBACK_NAME)?;
+        }
+        if self.config.host_ifindex != device.host {
+            self.config.host_ifindex = device.host;
+            self.datapath.config_mut().apply(&self.config)?;
+        }
+        Ok(())
+    }
+
+    /// The programs of sockets are attached to the cgroup, or to none.
+    pub(super) fn apply_sockets(&mut self) -> anyhow::Result<()> {
+        if !self.settings.socket_translation {
+            self.datapath.detach_sockets()?;
+        } else if !self.late.waiting {
+            self.datapath.attach_sockets(&self.settings.cgroup_root)?;
+        }
+        Ok(())
+    }
+
+    /// A Service has changed: its addresses may need routes, or need them no more.
+    pub(super) fn note_service_addresses(&mut self) {
+        let addresses = self.datapath.take_service_addresses();
+        if !addresses.is_empty() {
+            self.host.dirty.extend(addresses);
+            self.mark(Row::ServiceRoutes);
+        }
+    }
+
+    /// Enters and removes routes to addresses of Services.
+    pub(super) async fn apply_service_routes(&mut self) -> anyhow::Result<()> {
+        let mut dirty = std::mem::take(&mut self.host.dirty);
+        if self.host.routes.is_none() {
+            let own = self.netlink.own_routes().await?;
+            let present: BTreeMap<IpAddr, Route> = own
+                .into_iter()
+                .filter(Route::is_to_service)
+                .map(|route| (route.destination.addr(), route))
+                .collect();
+            dirty.extend(self.datapath.ipcache().service_addresses());
+            // What an earlier agent has left goes once every Service is known.
+            if self.swept {
+                dirty.extend(present.keys());
+            }
+            self.host.routes = Some(present);
+        }
+        let mut changes = Vec::new();
+        let mut after = self.host.routes.take().unwrap_or_default();
+        for address in dirty {
+            let wanted = if self.datapath.ipcache().is_service_address(address) {
+                self.host.route(address)
+            } else {
+                None
+            };
+            match (wanted, after.get(&address).copied()) {
+                (Some(wanted), Some(present)) if wanted == present => {}
+                (Some(wanted), _) => {
+                    after.insert(address, wanted);
+                    changes.push(Change::ReplaceRoute(wanted));
+                }
+                (None, Some(present)) => {
+                    after.remove(&address);
+                    changes.push(Change::RemoveRoute(present));
+                }
+                (None, None) => {}
+            }
+        }
+        let failures = self.netlink.apply(changes).await;
+        if let Some(first) = failures.first() {
+            // What stands there now is asked at the next attempt.
+            anyhow::bail!("{} routes failed, the first: {first}", failures.len());
+        }
+        self.host.routes = Some(after);
+        Ok(())
+    }
+
+    /// The node's own device, when it is gone.
+    pub(super) fn host_changed(&mut self, event: &NetlinkEvent) {
+        if let (NetlinkEvent::LinkRemoved(gone), Some(device)) = (event, self.host.device)
+            && (device.host == *gone || device.net == *gone)
+        {
+            self.mark(Row::Host);
+        }
+    }
+
+    /// Marks what somebody has taken away. Gives the number of things missing.
+    pub(super) fn find_host_drift(&mut self) -> usize {
+        let mut missing = 0;
+        let detached = self
+            .host
+            .programs()
+            .any(|ifindex| !self.datapath.is_host_attached(ifindex));
+        if detached && self.rows.failure(&Row::Host).is_none() {
+            tracing::warn!("programs of the node's own device were detached; attaching them again");
+            self.mark(Row::Host);
+            missing += 1;
+        }
+        if self.settings.socket_translation
+            && !self.datapath.are_sockets_attached()
+            && self.rows.failure(&Row::Sockets).is_none()
+        {
+            tracing::warn!("programs of sockets were detached; attaching them again");
+            self.mark(Row::Sockets);
+            missing += 1;
+        }
+        missing
+    }
+}
