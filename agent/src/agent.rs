@@ -40,6 +40,7 @@ mod endpoints;
 mod host;
 pub mod names;
 pub mod rows;
+mod services;
 mod socket_translation;
 pub mod start;
 mod status;

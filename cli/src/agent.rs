@@ -8,8 +8,8 @@ use tonic::{Code, Status, transport::Channel};
 use weir_api::{
     ConnectError,
     v1::{
-        Endpoint, ListEndpointsRequest, ListNodesRequest, ListServicesRequest, Node, PortMapping,
-        ServicePort, StatusRequest, WaitAppliedRequest, weir_client::WeirClient,
+        Endpoint, ListEndpointsRequest, ListNodesRequest, Node, PortMapping, StatusRequest,
+        WaitAppliedRequest, weir_client::WeirClient,
     },
 };
 
@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How long an answer may take.
-const TIMEOUT: Duration = Duration::from_secs(10);
+pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connects to the agent. `timeout` bounds each call; `None` is for streams.
 pub async fn connect(
@@ -68,72 +68,6 @@ pub fn explain(status: &Status, socket: &Path) -> anyhow::Error {
         ),
         _ => anyhow!("{}", status.message().to_owned()),
     }
-}
-
-/// `weir service list`.
-pub async fn services(socket: &Path, format: Format) -> anyhow::Result<()> {
-    let answer = connect(socket, Some(TIMEOUT))
-        .await?
-        .list_services(ListServicesRequest {})
-        .await
-        .map_err(|status| explain(&status, socket))?;
-    output::list(format, &answer.into_inner().services, service_table)
-}
-
-fn service_table(services: &[ServicePort]) -> Table {
-    let mut table = Table::new([
-        "NAMESPACE",
-        "NAME",
-        "PORT",
-        "FRONTEND",
-        "TYPE",
-        "ENDPOINTS",
-        "STATE",
-        "TARGET",
-        "STATUS",
-    ]);
-    for service in services {
-        let frontend = |f: &weir_api::v1::Frontend| {
-            let port = u16::try_from(f.port).unwrap_or_default();
-            format!(
-                "{}/{}",
-                output::address_port(&f.address, port),
-                service.protocol
-            )
-        };
-        let backends = &service.backends;
-        let state = |b: &weir_api::v1::Backend| match b.reason.as_str() {
-            "" => b.state.clone(),
-            reason => format!("{} ({reason})", b.state),
-        };
-        let applied = service.status == "applied";
-        table.row([
-            service.namespace.as_str().into(),
-            service.name.as_str().into(),
-            output::or_dash(&service.port_name).into(),
-            Cell::lines(service.frontends.iter().map(frontend)),
-            Cell::lines(service.frontends.iter().map(|f| f.kind.clone())),
-            Cell::lines(backends.iter().map(|b| {
-                output::address_port(&b.address, u16::try_from(b.port).unwrap_or_default())
-            })),
-            Cell::lines(backends.iter().map(state)),
-            Cell::lines(
-                backends
-                    .iter()
-                    .map(|b| match (b.target.as_str(), b.node.as_str()) {
-                        ("", "") => "-".to_owned(),
-                        (target, "") => target.to_owned(),
-                        ("", node) => format!("on {node}"),
-                        (target, node) => format!("{target} on {node}"),
-                    }),
-            ),
-            Cell::coloured(
-                service.status.as_str(),
-                if applied { Colour::Green } else { Colour::Red },
-            ),
-        ]);
-    }
-    table
 }
 
 /// `weir endpoint list`.
@@ -247,6 +181,7 @@ pub async fn wait(socket: &Path, timeout: Duration, format: Format) -> anyhow::R
     };
     match format {
         Format::Json => output::json(&serde_json::json!({ "revision": revision })),
+        Format::Yaml => output::yaml(&serde_json::json!({ "revision": revision })),
         Format::Table => output::text(&format!("applied: revision {revision}\n")),
     }
 }
@@ -276,6 +211,7 @@ pub async fn version(socket: &Path, format: Format) -> anyhow::Result<()> {
     };
     match format {
         Format::Json => output::json(&versions),
+        Format::Yaml => output::yaml(&versions),
         Format::Table => {
             let agent = match (
                 &versions.agent,
@@ -307,46 +243,7 @@ pub async fn bpf_root(socket: &Path) -> anyhow::Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use weir_api::v1::{Backend, Frontend};
-
     use super::*;
-
-    #[test]
-    fn a_service_shows_its_frontends_and_endpoints_below_each_other() {
-        let backend = |address: &str, state: &str, reason: &str| Backend {
-            address: address.into(),
-            port: 8080,
-            node: "b".into(),
-            state: state.into(),
-            reason: reason.into(),
-            target: "default/web-1".into(),
-            ..Backend::default()
-        };
-        let service = ServicePort {
-            namespace: "default".into(),
-            name: "web".into(),
-            port_name: "http".into(),
-            protocol: "TCP".into(),
-            family: "IPv6".into(),
-            frontends: vec![Frontend {
-                kind: "ClusterIP".into(),
-                address: "fd00:96::1".into(),
-                port: 80,
-            }],
-            backends: vec![
-                backend("fd00::7", "active", ""),
-                backend("fd00::8", "unused", "not ready"),
-            ],
-            status: "applied".into(),
-            ..ServicePort::default()
-        };
-        assert_eq!(
-            service_table(&[service]).render(false),
-            "NAMESPACE  NAME  PORT  FRONTEND             TYPE       ENDPOINTS       STATE               TARGET              STATUS\n\
-             default    web   http  [fd00:96::1]:80/TCP  ClusterIP  [fd00::7]:8080  active              default/web-1 on b  applied\n\
-             \u{20}                                                      [fd00::8]:8080  unused (not ready)  default/web-1 on b\n"
-        );
-    }
 
     #[test]
     fn nodes_and_endpoints_fill_every_column() {

@@ -14,6 +14,7 @@ mod agent;
 mod bpf;
 mod monitor;
 mod output;
+mod service;
 mod status;
 mod table;
 
@@ -25,7 +26,7 @@ struct Arguments {
     #[arg(long, value_name = "PATH", env = "WEIR_SOCKET", global = true,
           default_value = weir_api::DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// A table for people, or JSON for programs (a list is an array).
+    /// A table for people, or JSON or YAML for programs (a list is an array).
     #[arg(
         short,
         long,
@@ -45,6 +46,8 @@ enum Format {
     Table,
     /// JSON.
     Json,
+    /// YAML.
+    Yaml,
 }
 
 #[derive(Debug, Subcommand)]
@@ -53,7 +56,7 @@ enum Command {
     Status,
     /// Services and the endpoints that serve them.
     #[command(subcommand)]
-    Service(List),
+    Service(Service),
     /// Pods attached to this node.
     #[command(subcommand)]
     Endpoint(List),
@@ -108,6 +111,18 @@ impl CompletionShell {
 enum List {
     /// Lists them all.
     List,
+}
+
+#[derive(Debug, Subcommand)]
+enum Service {
+    /// Lists them all, one row for each port and family.
+    List,
+    /// Everything about one: frontends, endpoints and why one is not used, affinity, problems.
+    Get {
+        /// The Service (or the pod with host ports); without a namespace in `default`.
+        #[arg(value_name = "NAMESPACE/NAME")]
+        name: String,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -171,7 +186,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     runtime.block_on(async {
         match &arguments.command {
             Command::Status => status::status(socket, format).await,
-            Command::Service(List::List) => agent::services(socket, format).await,
+            Command::Service(Service::List) => service::list(socket, format).await,
+            Command::Service(Service::Get { name }) => service::get(socket, name, format).await,
             Command::Endpoint(List::List) => agent::endpoints(socket, format).await,
             Command::Node(List::List) => agent::nodes(socket, format).await,
             Command::Bpf(arguments) => bpf::run(arguments, socket, format).await,

@@ -41,6 +41,10 @@ pub async fn run(arguments: &Arguments, socket: &Path, format: Format) -> anyhow
         };
         match format {
             Format::Json => output::text(&format!("{}\n", serde_json::to_string(&event)?))?,
+            // A stream of documents.
+            Format::Yaml => {
+                output::text(&format!("---\n{}", serde_norway::to_string(&event)?))?;
+            }
             Format::Table => output::text(&format!("{}\n", line(&event, colours)))?,
         }
         left = left.map(|left| left - 1);

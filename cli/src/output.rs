@@ -1,4 +1,4 @@
-//! Writes results to standard output: a table or JSON. A closed pipe comes back as an error that
+//! Writes results to standard output: a table, JSON or YAML. A closed pipe comes back as an error that
 //! [`is_closed_pipe`] recognises.
 
 use std::io::{self, IsTerminal as _, Write as _};
@@ -15,6 +15,7 @@ pub fn list<T: Serialize>(
 ) -> anyhow::Result<()> {
     match format {
         Format::Json => json(&items),
+        Format::Yaml => yaml(&items),
         Format::Table => text(&table(items).render(colours())),
     }
 }
@@ -24,6 +25,11 @@ pub fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');
     self::text(&text)
+}
+
+/// Writes a value as a YAML document.
+pub fn yaml<T: Serialize>(value: &T) -> anyhow::Result<()> {
+    text(&serde_norway::to_string(value)?)
 }
 
 /// Writes text as it is, at once.

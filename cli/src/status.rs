@@ -22,6 +22,7 @@ pub async fn status(socket: &Path, format: Format) -> anyhow::Result<()> {
         .into_inner();
     match format {
         Format::Json => output::json(&answer),
+        Format::Yaml => output::yaml(&answer),
         Format::Table => output::text(&text(&answer, output::colours())),
     }
 }

@@ -18,7 +18,9 @@ impl Agent {
             Command::Commit(request, reply) => drop(reply.send(self.commit(request).await)),
             Command::Release(request, reply) => drop(reply.send(self.release(request).await)),
             Command::Status(reply) => drop(reply.send(self.status())),
-            Command::ListServices(reply) => drop(reply.send(Ok(self.list_services()))),
+            Command::ListServices(request, reply) => {
+                drop(reply.send(self.list_services(&request)));
+            }
             Command::ListEndpoints(reply) => drop(reply.send(Ok(self.list_endpoints()))),
             Command::ListNodes(reply) => drop(reply.send(Ok(self.list_nodes()))),
         }

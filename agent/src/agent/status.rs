@@ -10,11 +10,10 @@ use weir_common::{
     metrics::{Hook, outcome},
 };
 
-use super::{Agent, Row};
+use super::Agent;
 use crate::{
     datapath::{AttachMode, Attachment},
     endpoint::EndpointState,
-    model::{BackendState, ServicePort, ServicePortKey},
     netlink::sysctl,
     objects::{Family, Kind},
 };
@@ -155,67 +154,6 @@ impl Agent {
                 family.name()
             ))
         })
-    }
-
-    pub(super) fn list_services(&self) -> v1::ListServicesResponse {
-        let services = self
-            .model
-            .services()
-            .map(|(key, port)| self.service(key, port));
-        v1::ListServicesResponse {
-            services: services.collect(),
-        }
-    }
-
-    fn service(&self, key: &ServicePortKey, port: &ServicePort) -> v1::ServicePort {
-        let applied = self.applied.get(key);
-        let status = match self.rows.failure(&Row::Service(Box::new(key.clone()))) {
-            Some(failure) => failure.error.clone(),
-            None if applied.is_some() => "applied".to_owned(),
-            None => "waiting".to_owned(),
-        };
-        let frontends = port.frontends.iter().map(|frontend| v1::Frontend {
-            kind: frontend.kind.name().to_owned(),
-            address: frontend.address.map(|a| a.to_string()).unwrap_or_default(),
-            port: frontend.port.into(),
-        });
-        let used = port.backends.iter().map(|(address, backend)| v1::Backend {
-            address: address.address.to_string(),
-            port: address.port.into(),
-            node: backend.node.clone(),
-            zone: backend.zone.clone(),
-            state: match backend.state {
-                BackendState::Active => "active".to_owned(),
-                BackendState::Terminating => "terminating".to_owned(),
-            },
-            reason: String::new(),
-            target: backend.target.clone(),
-            number: applied
-                .and_then(|applied| applied.backends.get(address).copied())
-                .unwrap_or_default(),
-        });
-        let unused = port.unused.iter().map(|(address, unused)| v1::Backend {
-            address: address.address.to_string(),
-            port: address.port.into(),
-            node: unused.backend.node.clone(),
-            zone: unused.backend.zone.clone(),
-            state: "unused".to_owned(),
-            reason: unused.reason.to_owned(),
-            target: unused.backend.target.clone(),
-            number: 0,
-        });
-        v1::ServicePort {
-            namespace: key.owner.name().namespace.clone(),
-            name: key.owner.name().name.clone(),
-            port_name: key.port_name.clone(),
-            protocol: key.protocol.name().to_owned(),
-            family: key.family.name().to_owned(),
-            frontends: frontends.collect(),
-            backends: used.chain(unused).collect(),
-            number: applied.map_or(0, |applied| applied.number),
-            slots: applied.map_or(0, |applied| applied.slots),
-            status,
-        }
     }
 
     pub(super) fn list_endpoints(&self) -> v1::ListEndpointsResponse {

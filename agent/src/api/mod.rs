@@ -45,7 +45,7 @@ pub enum Command {
     /// What is attached, how full the maps are, what is wrong.
     Status(Reply<StatusResponse>),
     /// Service ports.
-    ListServices(Reply<ListServicesResponse>),
+    ListServices(ListServicesRequest, Reply<ListServicesResponse>),
     /// Endpoints of this node.
     ListEndpoints(Reply<ListEndpointsResponse>),
     /// Nodes.
@@ -234,9 +234,10 @@ impl Weir for Core {
 
     async fn list_services(
         &self,
-        _: Request<ListServicesRequest>,
+        request: Request<ListServicesRequest>,
     ) -> Result<Response<ListServicesResponse>, Status> {
-        self.ask(Command::ListServices).await
+        self.ask(|reply| Command::ListServices(request.into_inner(), reply))
+            .await
     }
 
     async fn list_endpoints(

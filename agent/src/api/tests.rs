@@ -32,7 +32,7 @@ async fn fake_core(mut commands: mpsc::Receiver<Command>) {
                     ..Default::default()
                 }));
             }
-            Command::ListServices(reply) => {
+            Command::ListServices(_, reply) => {
                 let services = vec![ServicePort::default()];
                 let _ = reply.send(Ok(ListServicesResponse { services }));
             }
@@ -126,7 +126,10 @@ async fn every_call_reaches_the_event_loop_and_comes_back() {
             .node_name,
         "a"
     );
-    let services = weir.list_services(ListServicesRequest {}).await.unwrap();
+    let services = weir
+        .list_services(ListServicesRequest::default())
+        .await
+        .unwrap();
     assert_eq!(services.into_inner().services.len(), 1);
     let endpoints = weir.list_endpoints(ListEndpointsRequest {}).await.unwrap();
     assert_eq!(endpoints.into_inner().endpoints.len(), 1);

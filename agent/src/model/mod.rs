@@ -195,9 +195,10 @@ impl Model {
         self.services.owners_with_problems()
     }
 
-    /// A Service as the source has it.
-    pub fn service_object(&self, name: &ObjectName) -> Option<&objects::Service> {
-        self.services.service(name)
+    /// Why no port of a Service is served at all, by what its object says; `None` if there is no
+    /// such Service.
+    pub fn why_not_served(&self, name: &ObjectName) -> Option<&'static str> {
+        self.services.why_not_served(name)
     }
 
     /// How many objects of each kind there are.

@@ -144,6 +144,27 @@ fn is_served(service: &Service, options: &ModelOptions) -> bool {
         && !excluded.is_some_and(|selector| selector.selects(&service.labels))
 }
 
+/// Why a Service asks for nothing.
+pub(super) fn why_not_served(service: &Service, options: &ModelOptions) -> &'static str {
+    if service.service_type == ServiceType::ExternalName {
+        "it is of type ExternalName"
+    } else if service.labels.contains_key(NOT_SERVED_LABELS[0]) {
+        "its label service.kubernetes.io/service-proxy-name leaves it to another proxy"
+    } else if service.labels.contains_key(NOT_SERVED_LABELS[1]) {
+        "it has the label service.kubernetes.io/headless"
+    } else if !is_served(service, options) {
+        "its labels match the setting exclude-services"
+    } else if service.cluster_ips.is_empty() {
+        "it is headless, or has no clusterIP yet"
+    } else if service.ports.is_empty() {
+        "it has no ports"
+    } else if addresses(service, options).is_empty() {
+        "its addresses lie in the setting exclude-cidrs"
+    } else {
+        "its changes have not been taken in yet"
+    }
+}
+
 /// Whether the Service has a ClusterIP of the family: without, it is not in that family at all, as
 /// with kube-proxy.
 fn has_family(service: &Service, family: Family) -> bool {

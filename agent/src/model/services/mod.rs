@@ -96,6 +96,11 @@ impl Services {
         self.entries.get(name)?.service.as_ref()
     }
 
+    pub(super) fn why_not_served(&self, name: &ObjectName) -> Option<&'static str> {
+        let service = self.service(name)?;
+        Some(claims::why_not_served(service, &self.options))
+    }
+
     /// The addresses at which a Service is served; none when it is not.
     pub(super) fn addresses(&self, service: &Service) -> Vec<IpAddr> {
         let addresses = claims::addresses(service, &self.options);
