@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 
 use weir_agent::{
-    objects::{Family, Object, Protocol, ServiceType},
+    objects::{Family, Hints, Object, Protocol, ServiceType, TrafficPolicy},
     source::yaml::{self, Format, Manifest},
 };
 
@@ -167,6 +167,72 @@ fn a_service_and_its_defaults() {
 }
 
 #[test]
+fn what_a_service_says_of_the_outside() {
+    let service = |spec: &str, status: &str| {
+        let text = format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: a}}, spec: {spec}, status: {status}}}"
+        );
+        match object(&text) {
+            Object::Service(service) => service,
+            other => panic!("{other:?}"),
+        }
+    };
+    let plain = service("{clusterIP: 10.96.0.1}", "{}");
+    assert!(plain.external_ips.is_empty());
+    assert!(plain.load_balancer_ips.is_empty());
+    let policies = (plain.internal_policy, plain.external_policy);
+    assert_eq!(policies, (TrafficPolicy::Cluster, TrafficPolicy::Cluster));
+    assert_eq!(plain.affinity, None);
+
+    let full = service(
+        "{externalIPs: [192.0.2.1, '2001:db8::1'], internalTrafficPolicy: Local,
+          externalTrafficPolicy: Cluster, sessionAffinity: ClientIP}",
+        "{loadBalancer: {ingress: [{ip: 192.0.2.7}, {ip: 192.0.2.8, ipMode: VIP},
+          {ip: 192.0.2.9, ipMode: Proxy}, {hostname: x.example}, {ip: '2001:db8::7'}]}}",
+    );
+    assert_eq!(
+        full.external_ips,
+        [address("192.0.2.1"), address("2001:db8::1")]
+    );
+    let vips = ["192.0.2.7", "192.0.2.8", "2001:db8::7"].map(address);
+    assert_eq!(full.load_balancer_ips, vips);
+    let policies = (full.internal_policy, full.external_policy);
+    assert_eq!(policies, (TrafficPolicy::Local, TrafficPolicy::Cluster));
+    assert_eq!(full.affinity, Some(10_800));
+    for (seconds, expected) in [("1", 1), ("86400", 86_400)] {
+        let config = format!("{{clientIP: {{timeoutSeconds: {seconds}}}}}");
+        let spec = format!("{{sessionAffinity: ClientIP, sessionAffinityConfig: {config}}}");
+        assert_eq!(service(&spec, "{}").affinity, Some(expected));
+        let spec = format!("{{sessionAffinity: None, sessionAffinityConfig: {config}}}");
+        assert_eq!(service(&spec, "{}").affinity, None);
+    }
+}
+
+#[test]
+fn hints_of_an_endpoint() {
+    let Object::EndpointSlice(slice) = object(
+        "apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: s}
+addressType: IPv4
+endpoints:
+- {addresses: [10.0.0.1], hints: {forZones: [{name: a}, {name: b}], forNodes: [{name: n}]}}
+- {addresses: [10.0.0.2], hints: {}}
+- {addresses: [10.0.0.3], hints: {forZones: []}}
+- {addresses: [10.0.0.4]}
+",
+    ) else {
+        panic!()
+    };
+    let hints = Hints {
+        nodes: vec!["n".to_owned()],
+        zones: vec!["a".to_owned(), "b".to_owned()],
+    };
+    let found: Vec<_> = slice.endpoints.into_iter().map(|e| e.hints).collect();
+    assert_eq!(found, [Some(Box::new(hints)), None, None, None]);
+}
+
+#[test]
 fn a_slice_and_its_defaults() {
     let Object::EndpointSlice(slice) = object(
         "apiVersion: discovery.k8s.io/v1
@@ -205,7 +271,7 @@ ports: [{port: 8080}, {name: none}, {name: dns, port: 53, protocol: UDP}]
     );
     assert_eq!(
         (second.ready, second.serving, second.terminating),
-        (false, false, false)
+        (false, true, false)
     );
     assert_eq!(
         (third.ready, third.serving, third.terminating),
@@ -266,6 +332,47 @@ fn values_that_are_refused() {
             service,
             "spec: {type: Cluster}",
             "Service default/a: spec.type: \"Cluster\" is not one of",
+        ),
+        (
+            service,
+            "spec: {externalTrafficPolicy: local}",
+            "spec.externalTrafficPolicy: \"local\" is not one of Cluster, Local",
+        ),
+        (
+            service,
+            "spec: {internalTrafficPolicy: Node}",
+            "spec.internalTrafficPolicy: \"Node\" is not one of Cluster, Local",
+        ),
+        (
+            service,
+            "spec: {sessionAffinity: Cookie}",
+            "spec.sessionAffinity: \"Cookie\" is not one of None, ClientIP",
+        ),
+        (
+            service,
+            "spec: {sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 0}}}",
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds: \"0\" is not a time that affinity \
+             can last: 1 to 86400 seconds",
+        ),
+        (
+            service,
+            "spec: {sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 86401}}}",
+            "timeoutSeconds: \"86401\" is not a time",
+        ),
+        (
+            service,
+            "spec: {externalIPs: [192.0.2.1, 127.0.0.1]}",
+            "spec.externalIPs[1]: \"127.0.0.1\" is a loopback,",
+        ),
+        (
+            service,
+            "status: {loadBalancer: {ingress: [{ip: x}]}}",
+            "status.loadBalancer.ingress[0].ip: \"x\" is not an IP address",
+        ),
+        (
+            service,
+            "status: {loadBalancer: {ingress: [{ip: 192.0.2.1, ipMode: DSR}]}}",
+            "status.loadBalancer.ingress[0].ipMode: \"DSR\" is not one of VIP, Proxy",
         ),
         (
             service,

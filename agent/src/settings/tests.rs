@@ -274,6 +274,29 @@ fn bad_values_name_setting_origin_value_and_remedy() {
             &["backends-max", "16 to 4194304"],
         ),
         (
+            &[SOURCE, ("exclude-services", "app=legacy,")],
+            &[],
+            None,
+            &[
+                "exclude-services",
+                "\"app=legacy,\"",
+                "key of a label",
+                "notin (a,b)",
+            ],
+        ),
+        (
+            &[SOURCE, ("exclude-cidrs", "10.0.0.0/8,x")],
+            &[],
+            None,
+            &["exclude-cidrs", "\"x\" is not a CIDR", "169.254.20.10/32"],
+        ),
+        (
+            &[SOURCE, ("exclude-cidrs", "10.0.0.1/8")],
+            &[],
+            None,
+            &["exclude-cidrs", "bits beyond", "give 10.0.0.0/8"],
+        ),
+        (
             &[SOURCE, ("expedite-rcu", "yes")],
             &[],
             None,
@@ -371,4 +394,25 @@ fn bad_values_name_setting_origin_value_and_remedy() {
             assert!(error.contains(part), "{part:?} is not in: {error}");
         }
     }
+}
+
+#[test]
+fn exclusions_are_conditions_and_ranges() {
+    let settings = check(&[SOURCE], &[], None).0.unwrap();
+    assert_eq!(settings.exclude_services, None);
+    assert!(settings.exclude_cidrs.is_empty());
+    let file =
+        "exclude-services: [app=legacy, '!weir']\nexclude-cidrs: [10.0.0.0/8, 'fd00::/64']\n";
+    for text in [
+        file,
+        "exclude-services: app=legacy,!weir\nexclude-cidrs: 10.0.0.0/8, fd00::/64\n",
+    ] {
+        let settings = check(&[SOURCE], &[], Some(text)).0.unwrap();
+        let selector = LabelSelector::parse("app=legacy,!weir").unwrap();
+        assert_eq!(settings.exclude_services, Some(selector));
+        let cidrs = ["10.0.0.0/8", "fd00::/64"].map(|cidr| cidr.parse().unwrap());
+        assert_eq!(settings.exclude_cidrs, cidrs);
+    }
+    let none = check(&[SOURCE, ("exclude-services", " ")], &[], None).0;
+    assert_eq!(none.unwrap().exclude_services, None);
 }
