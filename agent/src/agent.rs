@@ -326,6 +326,12 @@ impl Agent {
                 Err(_) => break,
             }
         }
+        self.model_has_changed(was_synced);
+    }
+
+    /// Marks what the model wants otherwise than before. `was_synced`: the source was complete
+    /// before this change.
+    fn model_has_changed(&mut self, was_synced: bool) {
         let delta = self.model.take_delta();
         for (name, node) in delta.nodes {
             if name == self.settings.node_name {

@@ -1,39 +1,61 @@
 //! The agent's account of Services, for `weir service`.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+};
 
 use tonic::Status;
 use weir_api::v1;
 
-use super::{Agent, Row};
+use super::{Agent, Row, Rows};
 use crate::{
+    datapath::AppliedService,
     model::{
-        Backend, BackendAddress, BackendState, EndpointSet, Frontend, Owner, ServicePort,
+        Backend, BackendAddress, BackendState, EndpointSet, Frontend, Model, Owner, ServicePort,
         ServicePortKey,
     },
     objects::ObjectName,
 };
 
 impl Agent {
+    pub(super) fn list_services(
+        &self,
+        request: &v1::ListServicesRequest,
+    ) -> Result<v1::ListServicesResponse, Status> {
+        let account = Account {
+            model: &self.model,
+            rows: &self.rows,
+            applied: &self.applied,
+        };
+        let services = account.list(request)?;
+        Ok(v1::ListServicesResponse { services })
+    }
+}
+
+/// What is told of.
+struct Account<'a> {
+    model: &'a Model,
+    rows: &'a Rows,
+    applied: &'a HashMap<ServicePortKey, AppliedService>,
+}
+
+impl Account<'_> {
     /// All Services and host ports, or those of one name.
     ///
     /// # Errors
     ///
     /// There is none of that name.
-    pub(super) fn list_services(
-        &self,
-        request: &v1::ListServicesRequest,
-    ) -> Result<v1::ListServicesResponse, Status> {
+    fn list(&self, request: &v1::ListServicesRequest) -> Result<Vec<v1::ServicePort>, Status> {
         if request.name.is_empty() {
-            let services = self.service_ports(|_| true);
-            return Ok(v1::ListServicesResponse { services });
+            return Ok(self.service_ports(|_| true));
         }
         let name = ObjectName::new(request.namespace.as_str(), request.name.as_str());
         let mut services = self.service_ports(|owner| *owner.name() == name);
         if services.is_empty() {
             services.push(self.not_served(&name)?);
         }
-        Ok(v1::ListServicesResponse { services })
+        Ok(services)
     }
 
     /// In the order of their names.
@@ -151,5 +173,117 @@ fn backend(address: &BackendAddress, backend: &Backend) -> v1::Backend {
         target: backend.target.clone(),
         sets: sets.map(|set| set.name().to_owned()).collect(),
         ..v1::Backend::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        objects::Object,
+        source::{
+            Change,
+            yaml::{self, Format},
+        },
+    };
+
+    fn list(text: &str, name: &str) -> Result<Vec<v1::ServicePort>, Status> {
+        let mut model = Model::default();
+        let manifest = yaml::parse(text, Format::Yaml);
+        assert_eq!(manifest.errors, []);
+        let objects = manifest.objects.into_iter().map(|o| o.object);
+        for object in objects.collect::<Vec<Object>>() {
+            model.apply(Change::Upsert(object));
+        }
+        model.take_delta();
+        let account = Account {
+            model: &model,
+            rows: &Rows::default(),
+            applied: &HashMap::new(),
+        };
+        account.list(&v1::ListServicesRequest {
+            namespace: "default".to_owned(),
+            name: name.to_owned(),
+        })
+    }
+
+    const SERVICES: &str = "
+{apiVersion: v1, kind: Service, metadata: {name: b}, spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}}
+---
+{apiVersion: v1, kind: Service, metadata: {name: a, creationTimestamp: 2026-01-01T00:00:00Z},
+ spec: {type: NodePort, clusterIP: 10.96.0.1, externalTrafficPolicy: Local, sessionAffinity: ClientIP,
+ ports: [{port: 80, nodePort: 30080}]}}
+---
+{apiVersion: v1, kind: Service, metadata: {name: c}, spec: {clusterIP: None, ports: [{port: 80}]}}
+---
+{apiVersion: v1, kind: Service, metadata: {name: d}, spec: {type: ExternalName, externalName: x.example}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: a-1, labels: {kubernetes.io/service-name: a}}
+addressType: IPv4
+ports: [{port: 8080}]
+endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2], conditions: {ready: false}}]
+";
+
+    #[test]
+    fn a_service_that_lost_everything_is_listed_with_the_reason() {
+        let all = list(SERVICES, "").unwrap();
+        let names: Vec<_> = all
+            .iter()
+            .map(|s| (s.name.as_str(), s.status.as_str()))
+            .collect();
+        assert_eq!(names, [("a", "waiting"), ("b", "not served")]);
+        assert!(all[1].frontends.is_empty());
+        let problem = "10.96.0.1:80 TCP belongs to Service default/a";
+        assert!(all[1].problems[0].contains(problem), "{:?}", all[1]);
+        assert!(all[0].problems.is_empty());
+        assert_eq!(list(SERVICES, "b").unwrap()[..], all[1..]);
+    }
+
+    #[test]
+    fn frontends_tell_for_whom_they_are_and_where_they_lead() {
+        let found = list(SERVICES, "a").unwrap();
+        let [service] = &found[..] else {
+            panic!("{found:?}")
+        };
+        let frontends: Vec<String> = service
+            .frontends
+            .iter()
+            .map(|f| format!("{} {}:{} {} {}", f.kind, f.address, f.port, f.scope, f.set))
+            .collect();
+        assert_eq!(
+            frontends,
+            [
+                "NodePort :30080 inside Cluster",
+                "NodePort :30080 outside Local",
+                "ClusterIP 10.96.0.1:80 inside Cluster",
+            ]
+        );
+        assert_eq!(service.affinity_seconds, 10_800);
+        let backends: Vec<_> = service
+            .backends
+            .iter()
+            .map(|b| (b.state.as_str(), b.reason.as_str(), b.sets.clone()))
+            .collect();
+        let cluster = vec!["Cluster".to_owned()];
+        assert_eq!(
+            backends,
+            [("active", "", cluster), ("unused", "not ready", Vec::new())]
+        );
+    }
+
+    #[test]
+    fn one_that_is_not_served_says_why_and_one_that_is_not_there_is_an_error() {
+        for (name, reason) in [
+            ("c", "not served: it is headless, or has no clusterIP yet"),
+            ("d", "not served: it is of type ExternalName"),
+        ] {
+            let found = list(SERVICES, name).unwrap();
+            assert_eq!((found.len(), found[0].status.as_str()), (1, reason));
+        }
+        let error = list(SERVICES, "e").unwrap_err();
+        assert_eq!(error.code(), tonic::Code::NotFound);
+        assert!(error.message().contains("default/e"), "{error}");
     }
 }

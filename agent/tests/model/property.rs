@@ -15,15 +15,17 @@ use crate::{
     reference::{self, World},
 };
 
+/// More with `WEIR_MODEL_SEEDS`.
 const SEEDS: u64 = 400;
 const CHANGES: usize = 150;
 
 #[test]
 fn the_incremental_model_equals_the_reference() {
+    let seeds = std::env::var("WEIR_MODEL_SEEDS").map_or(SEEDS, |text| text.parse().unwrap());
     let mut seen = Seen::default();
-    for seed in 1..=SEEDS {
+    for seed in 1..=seeds {
         let result = std::panic::catch_unwind(|| run(seed));
-        assert!(result.is_ok(), "seed {seed}");
+        assert!(result.is_ok(), "seed {seed} of {seeds}");
         seen.add(result.unwrap());
     }
     seen.assert_complete();
