@@ -66,7 +66,7 @@ pub struct Config {
     pub pod_ranges_v6: [PodRange<Ipv6>; limits::POD_RANGES_MAX],
 }
 
-assert_abi_size!(Config = 336);
+assert_abi_size!(Config = 360);
 map_types!(Config);
 
 /// Bits of [`Config::flags`].

@@ -205,48 +205,74 @@ pub const fn age(now: u32, then: u32) -> u32 {
     if distance > u32::MAX / 2 { 0 } else { distance }
 }
 
-/// How long a connection may be idle before it is forgotten, in seconds; the defaults of Linux'
-/// connection tracking (`nf_conntrack_proto_tcp.c`, `nf_conntrack_proto_udp.c`), except that an
-/// established TCP connection is kept for a day instead of five (times wrap after 26 days).
+/// How long a connection may be idle before it is forgotten, in seconds, by [`ConnectionState`] and in
+/// the order of the states. The defaults are those of Linux' connection tracking
+/// (`nf_conntrack_proto_tcp.c`, `…_udp.c`, `…_icmp.c`, `…_sctp.c`), but for what the states cannot
+/// tell, and for established TCP, which is kept for a day instead of five (times wrap after 26 days).
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Timeouts {
-    /// TCP: no answer yet.
+    /// [`ConnectionState::TcpSynSent`].
     pub tcp_syn: u32,
-    /// TCP: both directions seen.
+    /// [`ConnectionState::TcpSynReceived`].
+    pub tcp_syn_received: u32,
+    /// [`ConnectionState::TcpEstablished`].
     pub tcp_established: u32,
-    /// TCP: both sides have sent FIN, or one of them RST.
-    pub tcp_closing: u32,
-    /// UDP and others: no answer yet.
+    /// [`ConnectionState::TcpFinWait`].
+    pub tcp_fin_wait: u32,
+    /// [`ConnectionState::TcpTimeWait`].
+    pub tcp_time_wait: u32,
+    /// [`ConnectionState::TcpClosed`].
+    pub tcp_closed: u32,
+    /// [`ConnectionState::Unanswered`].
     pub udp: u32,
-    /// UDP and others: both directions seen.
+    /// [`ConnectionState::Answered`].
     pub udp_stream: u32,
+    /// [`ConnectionState::IcmpEcho`].
+    pub icmp: u32,
+    /// [`ConnectionState::SctpOpening`].
+    pub sctp: u32,
+    /// [`ConnectionState::SctpEstablished`].
+    pub sctp_established: u32,
 }
 
-assert_abi_size!(Timeouts = 20);
+assert_abi_size!(Timeouts = 44);
 map_types!(Timeouts);
 
 impl Timeouts {
     /// The defaults.
     pub const DEFAULT: Self = Self {
         tcp_syn: 120,
+        tcp_syn_received: 60,
         tcp_established: 86_400,
-        tcp_closing: 30,
+        tcp_fin_wait: 120,
+        tcp_time_wait: 120,
+        tcp_closed: 10,
         udp: 30,
         udp_stream: 120,
+        icmp: 30,
+        sctp: 30,
+        sctp_established: 210,
     };
 
-    /// Seconds that a connection in this state may be idle.
+    /// Seconds that a connection in this state may be idle. One read from a table: the verifier of the
+    /// programs would follow a branch for each state.
     #[inline(always)]
     #[must_use]
-    pub const fn of(&self, state: ConnectionState) -> u32 {
-        match state {
-            ConnectionState::TcpOpening => self.tcp_syn,
-            ConnectionState::TcpEstablished => self.tcp_established,
-            ConnectionState::TcpClosing => self.tcp_closing,
-            ConnectionState::Unanswered => self.udp,
-            ConnectionState::Answered => self.udp_stream,
-        }
+    pub fn of(&self, state: ConnectionState) -> u32 {
+        let seconds = &raw const *self;
+        // SAFETY: the type is as many words as there are states, without padding, and is borrowed as
+        // long as the array is.
+        let seconds = unsafe { &*seconds.cast::<[u32; ConnectionState::COUNT]>() };
+        seconds.get(state as usize).copied().unwrap_or(self.udp)
+    }
+
+    /// The shortest of all.
+    #[must_use]
+    pub fn shortest(&self) -> u32 {
+        ConnectionState::ALL
+            .into_iter()
+            .fold(u32::MAX, |shortest, state| shortest.min(self.of(state)))
     }
 }
 
@@ -256,54 +282,118 @@ impl Default for Timeouts {
     }
 }
 
-/// The state of a connection, derived from both entries.
+/// The state of a connection, derived from both entries. An entry holds the TCP flags that were seen
+/// in its direction, not their order: states that differ only by an acknowledgement of a FIN are one.
+#[repr(u8)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum ConnectionState {
-    /// TCP, not answered yet.
-    TcpOpening,
-    /// TCP, both directions seen.
+    /// TCP, not answered yet; or answered by a SYN only (both open at once, `SYN_SENT2`).
+    TcpSynSent,
+    /// TCP, answered, but one side has acknowledged nothing yet.
+    TcpSynReceived,
+    /// TCP, acknowledged in both directions.
     TcpEstablished,
-    /// TCP, closed from both sides or reset.
-    TcpClosing,
-    /// Another protocol, not answered yet.
+    /// TCP, one side has sent FIN: `FIN_WAIT`, and `CLOSE_WAIT` with the longer time-out of the two,
+    /// as the other side may go on for long.
+    TcpFinWait,
+    /// TCP, both sides have sent FIN: `LAST_ACK`, and `TIME_WAIT` with the longer time-out.
+    TcpTimeWait,
+    /// TCP, one side has sent RST: `CLOSE`.
+    TcpClosed,
+    /// UDP, or a protocol without a state of its own, not answered yet.
     Unanswered,
-    /// Another protocol, both directions seen.
+    /// UDP, or a protocol without a state of its own, both directions seen.
     Answered,
+    /// ICMP or ICMPv6 echo, answered or not.
+    IcmpEcho,
+    /// SCTP, not answered yet. Chunk types are not looked at.
+    SctpOpening,
+    /// SCTP, both directions seen; also while it is shut down.
+    SctpEstablished,
 }
 
 impl ConnectionState {
+    /// How many there are.
+    pub const COUNT: usize = 11;
+    /// Every state, in their order.
+    pub const ALL: [Self; Self::COUNT] = [
+        Self::TcpSynSent,
+        Self::TcpSynReceived,
+        Self::TcpEstablished,
+        Self::TcpFinWait,
+        Self::TcpTimeWait,
+        Self::TcpClosed,
+        Self::Unanswered,
+        Self::Answered,
+        Self::IcmpEcho,
+        Self::SctpOpening,
+        Self::SctpEstablished,
+    ];
+
     /// The state from the protocol, the TCP flags collected in each direction, and whether a
     /// reply was seen.
     #[inline(always)]
     #[must_use]
     pub const fn new(protocol: u8, flags: u8, reply_flags: u8, replied: bool) -> Self {
-        if protocol == protocol::TCP {
-            let both_fin = flags & reply_flags & tcp_flag::FIN != 0;
-            let reset = (flags | reply_flags) & tcp_flag::RST != 0;
-            if both_fin || reset {
-                Self::TcpClosing
-            } else if replied {
-                Self::TcpEstablished
-            } else {
-                Self::TcpOpening
-            }
-        } else if replied {
-            Self::Answered
-        } else {
-            Self::Unanswered
+        match protocol {
+            protocol::TCP => Self::of_tcp(flags, reply_flags, replied),
+            protocol::ICMP | protocol::ICMPV6 => Self::IcmpEcho,
+            protocol::SCTP if replied => Self::SctpEstablished,
+            protocol::SCTP => Self::SctpOpening,
+            _ if replied => Self::Answered,
+            _ => Self::Unanswered,
         }
+    }
+
+    #[inline(always)]
+    const fn of_tcp(flags: u8, reply_flags: u8, replied: bool) -> Self {
+        let (either, both) = (flags | reply_flags, flags & reply_flags);
+        if either & tcp_flag::RST != 0 {
+            Self::TcpClosed
+        } else if both & tcp_flag::FIN != 0 {
+            Self::TcpTimeWait
+        } else if either & tcp_flag::FIN != 0 {
+            Self::TcpFinWait
+        } else if both & tcp_flag::ACK != 0 {
+            Self::TcpEstablished
+        } else if replied && either & tcp_flag::ACK != 0 {
+            Self::TcpSynReceived
+        } else {
+            Self::TcpSynSent
+        }
+    }
+
+    /// Whether nobody can go on with the connection.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_over(self) -> bool {
+        matches!(self, Self::TcpTimeWait | Self::TcpClosed)
     }
 
     /// Order in which connections give way when the table is full: the lower, the earlier.
     #[inline(always)]
     #[must_use]
     pub const fn eviction_rank(self) -> u32 {
-        match self {
-            Self::TcpClosing => 0,
-            Self::Unanswered | Self::TcpOpening => 1,
-            Self::Answered => 2,
-            Self::TcpEstablished => 3,
-        }
+        /// Four bits for each state; a word for the reason that [`Timeouts::of`] gives.
+        const RANKS: u64 = {
+            let (mut ranks, mut index) = (0, 0);
+            while index < ConnectionState::COUNT {
+                let rank = match ConnectionState::ALL[index] {
+                    ConnectionState::TcpClosed | ConnectionState::TcpTimeWait => 0,
+                    ConnectionState::Unanswered
+                    | ConnectionState::IcmpEcho
+                    | ConnectionState::SctpOpening
+                    | ConnectionState::TcpSynSent
+                    | ConnectionState::TcpSynReceived => 1,
+                    ConnectionState::Answered | ConnectionState::TcpFinWait => 2,
+                    ConnectionState::TcpEstablished | ConnectionState::SctpEstablished => 3,
+                };
+                ranks |= rank << (4 * index);
+                index += 1;
+            }
+            ranks
+        };
+        (RANKS >> (4 * self as u32)) as u32 & 0xf
     }
 }
 
@@ -351,18 +441,205 @@ mod tests {
         assert_eq!(reply.partner_key(6), key);
     }
 
+    /// Flags of both directions → state, and its time-out by default.
     #[test]
     fn states_follow_the_flags() {
         use ConnectionState as S;
-        assert_eq!(S::new(6, tcp_flag::SYN, 0, false), S::TcpOpening);
-        assert_eq!(
-            S::new(6, tcp_flag::SYN, tcp_flag::SYN, true),
-            S::TcpEstablished
-        );
-        assert_eq!(S::new(6, tcp_flag::FIN, 0, true), S::TcpEstablished);
-        assert_eq!(S::new(6, tcp_flag::FIN, tcp_flag::FIN, true), S::TcpClosing);
-        assert_eq!(S::new(6, 0, tcp_flag::RST, true), S::TcpClosing);
-        assert_eq!(S::new(17, 0, 0, false), S::Unanswered);
-        assert_eq!(S::new(17, 0, 0, true), S::Answered);
+        const NONE: u8 = 0;
+        const SYN: u8 = tcp_flag::SYN;
+        const ACK: u8 = tcp_flag::ACK;
+        const FIN: u8 = tcp_flag::FIN;
+        const RST: u8 = tcp_flag::RST;
+        const OPEN: u8 = SYN | ACK;
+        const TCP: u8 = protocol::TCP;
+        // Name, protocol, flags of both directions, answered, state, seconds.
+        type Row = (&'static str, u8, [u8; 2], bool, S, u32);
+        let table: &[Row] = &[
+            ("SYN", TCP, [SYN, NONE], false, S::TcpSynSent, 120),
+            ("picked up", TCP, [ACK, NONE], false, S::TcpSynSent, 120),
+            ("both SYN", TCP, [SYN, SYN], true, S::TcpSynSent, 120),
+            (
+                "SYN, SYN+ACK",
+                TCP,
+                [SYN, OPEN],
+                true,
+                S::TcpSynReceived,
+                60,
+            ),
+            (
+                "both SYN, one ACK",
+                TCP,
+                [OPEN, SYN],
+                true,
+                S::TcpSynReceived,
+                60,
+            ),
+            (
+                "handshake",
+                TCP,
+                [OPEN, OPEN],
+                true,
+                S::TcpEstablished,
+                86_400,
+            ),
+            (
+                "picked up, answered",
+                TCP,
+                [ACK, ACK],
+                true,
+                S::TcpEstablished,
+                86_400,
+            ),
+            (
+                "FIN of the client",
+                TCP,
+                [OPEN | FIN, OPEN],
+                true,
+                S::TcpFinWait,
+                120,
+            ),
+            (
+                "FIN of the server",
+                TCP,
+                [OPEN, OPEN | FIN],
+                true,
+                S::TcpFinWait,
+                120,
+            ),
+            (
+                "FIN of both",
+                TCP,
+                [OPEN | FIN, OPEN | FIN],
+                true,
+                S::TcpTimeWait,
+                120,
+            ),
+            ("refused", TCP, [SYN, RST | ACK], true, S::TcpClosed, 10),
+            (
+                "RST of the client",
+                TCP,
+                [OPEN | RST, OPEN],
+                true,
+                S::TcpClosed,
+                10,
+            ),
+            (
+                "RST after FIN",
+                TCP,
+                [OPEN | FIN | RST, OPEN | FIN],
+                true,
+                S::TcpClosed,
+                10,
+            ),
+            ("UDP", protocol::UDP, [NONE, NONE], false, S::Unanswered, 30),
+            (
+                "UDP answered",
+                protocol::UDP,
+                [NONE, NONE],
+                true,
+                S::Answered,
+                120,
+            ),
+            ("echo", protocol::ICMP, [NONE, NONE], false, S::IcmpEcho, 30),
+            (
+                "echo answered",
+                protocol::ICMP,
+                [NONE, NONE],
+                true,
+                S::IcmpEcho,
+                30,
+            ),
+            (
+                "IPv6 echo",
+                protocol::ICMPV6,
+                [NONE, NONE],
+                true,
+                S::IcmpEcho,
+                30,
+            ),
+            (
+                "SCTP",
+                protocol::SCTP,
+                [NONE, NONE],
+                false,
+                S::SctpOpening,
+                30,
+            ),
+            (
+                "SCTP answered",
+                protocol::SCTP,
+                [NONE, NONE],
+                true,
+                S::SctpEstablished,
+                210,
+            ),
+            ("another", 47, [NONE, NONE], false, S::Unanswered, 30),
+            ("another answered", 47, [NONE, NONE], true, S::Answered, 120),
+        ];
+        for &(name, protocol, [flags, reply], replied, expected, seconds) in table {
+            let state = S::new(protocol, flags, reply, replied);
+            assert_eq!(state, expected, "{name}");
+            assert_eq!(Timeouts::DEFAULT.of(state), seconds, "{name}");
+        }
+        for state in S::ALL {
+            let in_table = table.iter().any(|row| row.4 == state);
+            assert!(in_table, "{state:?}");
+        }
+    }
+
+    #[test]
+    fn each_state_has_its_own_time_out() {
+        use ConnectionState as S;
+        let timeouts = Timeouts {
+            tcp_syn: 1,
+            tcp_syn_received: 2,
+            tcp_established: 3,
+            tcp_fin_wait: 4,
+            tcp_time_wait: 5,
+            tcp_closed: 6,
+            udp: 7,
+            udp_stream: 8,
+            icmp: 9,
+            sctp: 10,
+            sctp_established: 11,
+        };
+        for (state, seconds) in [
+            (S::TcpSynSent, 1),
+            (S::TcpSynReceived, 2),
+            (S::TcpEstablished, 3),
+            (S::TcpFinWait, 4),
+            (S::TcpTimeWait, 5),
+            (S::TcpClosed, 6),
+            (S::Unanswered, 7),
+            (S::Answered, 8),
+            (S::IcmpEcho, 9),
+            (S::SctpOpening, 10),
+            (S::SctpEstablished, 11),
+        ] {
+            assert_eq!(timeouts.of(state), seconds, "{state:?}");
+        }
+        assert_eq!(timeouts.shortest(), 1);
+        assert_eq!(Timeouts::DEFAULT.shortest(), 10);
+    }
+
+    #[test]
+    fn what_is_over_gives_way_first_and_what_lives_last() {
+        use ConnectionState as S;
+        for state in S::ALL {
+            assert_eq!(state.eviction_rank() == 0, state.is_over(), "{state:?}");
+        }
+        for (earlier, later) in [
+            (S::TcpSynReceived, S::TcpFinWait),
+            (S::Unanswered, S::Answered),
+            (S::IcmpEcho, S::Answered),
+            (S::SctpOpening, S::SctpEstablished),
+            (S::Answered, S::TcpEstablished),
+            (S::TcpFinWait, S::TcpEstablished),
+        ] {
+            assert!(
+                earlier.eviction_rank() < later.eviction_rank(),
+                "{earlier:?} before {later:?}"
+            );
+        }
     }
 }

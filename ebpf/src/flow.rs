@@ -90,11 +90,12 @@ fn check<F: Family>(
         return Ok(None);
     }
     let reopens = packet.is_syn();
+    // A new connection of the same tuple begins with no flags seen, and with an endpoint of its own.
+    if reopens && entry.flags & flag::REPLY == 0 && is_closing::<F>(packet) != 0 {
+        return Ok(None);
+    }
     if entry.backend != 0 && entry.flags & flag::REPLY == 0 {
-        // TCP keeps its endpoint to the end; a new connection of the same tuple does not.
-        if reopens && is_closing::<F>(packet) != 0 {
-            return Ok(None);
-        }
+        // TCP keeps its endpoint to the end.
         if packet.key.protocol != protocol::TCP || reopens {
             let Some(row) = maps::BACKENDS.get(entry.backend) else {
                 return Ok(None);
@@ -377,7 +378,9 @@ pub fn reply_tuple_is_taken<F: Family>() -> u32 {
         return 0;
     };
     let timeout = config.timeouts.of(glance.state);
-    if !glance.over && glance.idle(now()) <= timeout.saturating_mul(flow::TICKS_PER_SECOND) {
+    if !glance.state.is_over()
+        && glance.idle(now()) <= timeout.saturating_mul(flow::TICKS_PER_SECOND)
+    {
         return 1;
     }
     remove::<F>(&glance.partner);
@@ -524,22 +527,25 @@ pub fn look_at<F: Family>(key: &FlowKey<F::Address>) -> Option<Glance<F::Address
     let entry = F::flows().get_ptr(key)?;
     // SAFETY: as in `find`: a recycled element gives a glance at another connection, and what
     // follows from it is right for that one or finds nothing.
-    let (partner, ring, flags, last_seen) = unsafe {
+    let (partner, ring, flags, last_seen, packets, is_reply) = unsafe {
         (
             (*entry).partner_key(key.protocol),
             (*entry).ring,
             (*entry).tcp_flags,
             (*entry).last_seen,
+            (*entry).packets,
+            (*entry).flags & flag::REPLY != 0,
         )
     };
     maps::count_lookup(Lookup::Flow);
-    let (reply_flags, replied, partner_seen) = match F::flows().get_ptr(&partner) {
+    let (other_flags, other_packets, partner_seen) = match F::flows().get_ptr(&partner) {
         // SAFETY: as above.
-        Some(p) => unsafe { ((*p).tcp_flags, (*p).packets != 0, (*p).last_seen) },
-        None => (0, false, last_seen),
+        Some(p) => unsafe { ((*p).tcp_flags, (*p).packets, (*p).last_seen) },
+        None => (0, 0, last_seen),
     };
-    let state = ConnectionState::new(key.protocol, flags, reply_flags, replied);
-    let over = (flags | reply_flags) & (tcp_flag::FIN | tcp_flag::RST) != 0;
+    let replied = if is_reply { packets } else { other_packets } != 0;
+    let state = ConnectionState::new(key.protocol, flags, other_flags, replied);
+    let over = (flags | other_flags) & (tcp_flag::FIN | tcp_flag::RST) != 0;
     Some(Glance {
         partner,
         ring,

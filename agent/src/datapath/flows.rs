@@ -206,7 +206,7 @@ impl Walk {
         let idle = flow::age(rules.now, entry.last_seen);
         let orphaned = rules.is_orphaned(&entry);
         // No state has a shorter time-out than this: most entries need no second lookup.
-        if !orphaned && idle <= ticks(shortest(&rules.timeouts)) {
+        if !orphaned && idle <= ticks(rules.timeouts.shortest()) {
             return Ok(false);
         }
         let partner_key = entry.partner_key(key.protocol);
@@ -252,15 +252,6 @@ fn limit<A: Address>(
     };
     let state = ConnectionState::new(key.protocol, entry.tcp_flags, flags, replied);
     ticks(timeouts.of(state))
-}
-
-fn shortest(timeouts: &Timeouts) -> u32 {
-    timeouts
-        .tcp_syn
-        .min(timeouts.tcp_established)
-        .min(timeouts.tcp_closing)
-        .min(timeouts.udp)
-        .min(timeouts.udp_stream)
 }
 
 fn ticks(seconds: u32) -> u32 {

@@ -121,16 +121,34 @@ pub const ALL: &[Definition] = &[
         "Idle time of a TCP connection without an answer, 1 to 2000000",
     ),
     define(
+        "timeout-tcp-syn-received",
+        "SECONDS",
+        Some("60"),
+        "Idle time of a TCP connection whose answer is not acknowledged yet, 1 to 2000000",
+    ),
+    define(
         "timeout-tcp-established",
         "SECONDS",
         Some("86400"),
         "Idle time of an established TCP connection, 1 to 2000000",
     ),
     define(
-        "timeout-tcp-closing",
+        "timeout-tcp-fin-wait",
         "SECONDS",
-        Some("30"),
-        "Idle time of a TCP connection closed from both sides or reset, 1 to 2000000",
+        Some("120"),
+        "Idle time of a TCP connection closed from one side, 1 to 2000000",
+    ),
+    define(
+        "timeout-tcp-time-wait",
+        "SECONDS",
+        Some("120"),
+        "Idle time of a TCP connection closed from both sides, 1 to 2000000",
+    ),
+    define(
+        "timeout-tcp-closed",
+        "SECONDS",
+        Some("10"),
+        "Idle time of a TCP connection that was reset, 1 to 2000000",
     ),
     define(
         "timeout-udp",
@@ -143,6 +161,24 @@ pub const ALL: &[Definition] = &[
         "SECONDS",
         Some("120"),
         "Idle time of a UDP flow with answers, 1 to 2000000",
+    ),
+    define(
+        "timeout-icmp",
+        "SECONDS",
+        Some("30"),
+        "Idle time of an ICMP echo, 1 to 2000000",
+    ),
+    define(
+        "timeout-sctp",
+        "SECONDS",
+        Some("30"),
+        "Idle time of an SCTP association without an answer, 1 to 2000000",
+    ),
+    define(
+        "timeout-sctp-established",
+        "SECONDS",
+        Some("210"),
+        "Idle time of an SCTP association with answers, 1 to 2000000",
     ),
     define(
         "socket-translation",

@@ -50,7 +50,7 @@ pub fn pair<A: Address>(
 const V4: (Ipv4, Ipv4) = (Ipv4([10, 0, 0, 1]), Ipv4([10, 0, 0, 2]));
 const V6: (Ipv6, Ipv6) = (Ipv6([1; 16]), Ipv6([2; 16]));
 
-/// Time-outs: UDP 30 s, answered 120 s; TCP opening 120 s, closing 30 s.
+/// Time-outs: UDP 30 s, answered 120 s; TCP without answer 120 s.
 const TIMEOUTS: Timeouts = Timeouts::DEFAULT;
 
 fn sweep_all(datapath: &mut Datapath, seconds: u32) -> u32 {

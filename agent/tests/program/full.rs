@@ -128,6 +128,7 @@ fn closed_ones_give_way_first_and_answered_ones_last() {
                 _ => {
                     send(bed, tcp(port, 80, SYN));
                     reply(bed, tcp(8080, port, SYN | ACK));
+                    send(bed, tcp(port, 80, ACK));
                     established.insert((6, port));
                 }
             }

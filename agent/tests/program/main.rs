@@ -20,6 +20,7 @@ mod refusals;
 mod run;
 mod services;
 mod sources;
+mod states;
 #[path = "../datapath/support.rs"]
 #[allow(dead_code, reason = "the tests of the data path use the rest")]
 mod support;

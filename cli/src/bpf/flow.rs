@@ -122,11 +122,15 @@ fn row<A: Address>(
         } > 0;
         let state = ConnectionState::new(key.protocol, entry.tcp_flags, partner.tcp_flags, replied);
         match state {
-            ConnectionState::TcpOpening => "opening",
-            ConnectionState::TcpEstablished => "established",
-            ConnectionState::TcpClosing => "closing",
-            ConnectionState::Unanswered => "unanswered",
+            ConnectionState::TcpSynSent => "syn-sent",
+            ConnectionState::TcpSynReceived => "syn-received",
+            ConnectionState::TcpEstablished | ConnectionState::SctpEstablished => "established",
+            ConnectionState::TcpFinWait => "fin-wait",
+            ConnectionState::TcpTimeWait => "time-wait",
+            ConnectionState::TcpClosed => "closed",
+            ConnectionState::Unanswered | ConnectionState::SctpOpening => "unanswered",
             ConnectionState::Answered => "answered",
+            ConnectionState::IcmpEcho => "echo",
         }
     });
     Row {
