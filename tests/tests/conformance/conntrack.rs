@@ -1,0 +1,110 @@
+//! Upstream's `test/e2e/network/conntrack.go`: a client that sends from one port all the time is
+//! never stuck with an endpoint that has gone. Upstream allows one minute, because of the
+//! time-out of UDP in conntrack; here the next datagram must arrive.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::Result;
+use serde_json::Value;
+use weir_tests::{
+    Cluster, TestResult,
+    cluster::cluster_ips,
+    netns::NetNs,
+    traffic::{self, UdpClient},
+};
+
+use super::support::{Backends, PORT, apply_slices};
+
+/// How long an answer that must not come is waited for.
+const SILENCE: Duration = Duration::from_millis(300);
+
+/// A socket in a namespace for each frontend, used for the whole test.
+fn sockets(client: &NetNs, frontends: &[SocketAddr]) -> Result<Vec<UdpClient>> {
+    frontends
+        .iter()
+        .map(|to| client.run(|| UdpClient::new(*to)))
+        .collect()
+}
+
+/// One datagram from each socket; all must be answered by the server.
+fn all_reach(sockets: &[UdpClient], server: &str) -> Result<()> {
+    for socket in sockets {
+        let name = socket.ask(b"hostname", traffic::TIMEOUT)?;
+        anyhow::ensure!(name == server, "{name} answered instead of {server}");
+    }
+    Ok(())
+}
+
+/// One datagram from each socket; none may be answered.
+fn none_reaches_anybody(sockets: &[UdpClient]) {
+    for socket in sockets {
+        let answer = socket.ask(b"too early", SILENCE);
+        assert!(answer.is_err(), "{answer:?}");
+    }
+}
+
+fn at(addresses: &[IpAddr], port: u16) -> Vec<SocketAddr> {
+    let addresses = addresses.iter();
+    addresses.map(|ip| SocketAddr::new(*ip, port)).collect()
+}
+
+/// First no endpoint, then one, then another, while the client goes on sending.
+fn server_pod_cycles(
+    cluster: &Cluster,
+    client: &NetNs,
+    frontends: &[SocketAddr],
+    change: impl Fn(&mut Value),
+) -> Result<()> {
+    let vips = cluster_ips(10);
+    let backends = Backends::start(cluster, "pod-server-", &["node2", "node2"])?;
+    let [first, second] = [&backends.pods[0], &backends.pods[1]];
+    backends.serve(cluster, "svc-udp", &vips, &change)?;
+    apply_slices(cluster, "svc-udp", &[], |_, _| {})?;
+    let sockets = sockets(client, frontends)?;
+    none_reaches_anybody(&sockets);
+    for pod in [first, second, first] {
+        apply_slices(cluster, "svc-udp", &pod.endpoints(), |_, _| {})?;
+        all_reach(&sockets, &pod.name)?;
+    }
+    Ok(())
+}
+
+/// "should be able to preserve UDP traffic when server pod cycles for a ClusterIP service".
+#[test]
+fn udp_follows_the_server_of_a_cluster_ip() -> TestResult {
+    let cluster = Cluster::builder("udp cycles").start()?;
+    let client = cluster.pod("node1", "pod-client")?;
+    let frontends = at(&cluster_ips(10), PORT);
+    Ok(server_pod_cycles(
+        &cluster,
+        &client.netns,
+        &frontends,
+        |_| {},
+    )?)
+}
+
+/// "should be able to preserve UDP traffic when initial unready endpoints get ready".
+#[test]
+fn udp_reaches_endpoints_that_get_ready() -> TestResult {
+    let cluster = Cluster::builder("udp unready").start()?;
+    let client = cluster.pod("node1", "pod-client")?;
+    let vips = cluster_ips(10);
+    let backends = Backends::start(&cluster, "pod-server-", &["node2"])?;
+    backends.serve(&cluster, "svc-udp", &vips, |_| {})?;
+    let sockets = sockets(&client.netns, &at(&vips, PORT))?;
+    for ready in [false, true, false, true] {
+        apply_slices(&cluster, "svc-udp", &backends.endpoints(), |_, endpoint| {
+            endpoint["conditions"]["ready"] = ready.into();
+            endpoint["conditions"]["serving"] = ready.into();
+        })?;
+        if ready {
+            all_reach(&sockets, &backends.pods[0].name)?;
+        } else {
+            none_reaches_anybody(&sockets);
+        }
+    }
+    Ok(())
+}
