@@ -86,6 +86,66 @@ fn udp_follows_the_server_of_a_cluster_ip() -> TestResult {
     )?)
 }
 
+/// "should be able to preserve UDP traffic when server pod cycles for a ClusterIP service and
+/// client is hostNetwork".
+#[test]
+fn udp_of_the_node_follows_the_server_of_a_cluster_ip() -> TestResult {
+    let cluster = Cluster::builder("udp cycles, node").start()?;
+    let client = cluster.node("node1").netns.clone();
+    let frontends = at(&cluster_ips(10), PORT);
+    Ok(server_pod_cycles(&cluster, &client, &frontends, |_| {})?)
+}
+
+/// "should be able to preserve UDP traffic when server pod cycles for a NodePort service", at the
+/// client's own node (upstream's client uses the other node's, which is outside).
+#[test]
+fn udp_follows_the_server_of_a_node_port() -> TestResult {
+    const NODE_PORT: u16 = 30_080;
+    let cluster = Cluster::builder("udp cycles, node port").start()?;
+    let client = cluster.pod("node1", "pod-client")?;
+    let frontends = at(&cluster.node("node1").addresses, NODE_PORT);
+    Ok(server_pod_cycles(
+        &cluster,
+        &client.netns,
+        &frontends,
+        |service| {
+            service["spec"]["type"] = "NodePort".into();
+            for port in 0..2 {
+                service["spec"]["ports"][port]["nodePort"] = NODE_PORT.into();
+            }
+        },
+    )?)
+}
+
+/// "should be able to preserve UDP traffic when server pod cycles for a ClusterIP service with
+/// InternalTrafficPolicy set to Local".
+#[test]
+fn udp_follows_the_local_server() -> TestResult {
+    let cluster = Cluster::builder("udp cycles, local").start()?;
+    let client = cluster.pod("node1", "pod-client")?;
+    let vips = cluster_ips(10);
+    let on = ["node1", "node2", "node1"];
+    let backends = Backends::start(&cluster, "pod-server-", &on)?;
+    let [first, elsewhere, third] = [0, 1, 2].map(|number| &backends.pods[number]);
+    backends.serve(&cluster, "svc-udp", &vips, |service| {
+        service["spec"]["internalTrafficPolicy"] = "Local".into();
+    })?;
+    let endpoints = |pods: &[&weir_tests::Pod]| {
+        let all: Vec<_> = pods.iter().flat_map(|pod| pod.endpoints()).collect();
+        apply_slices(&cluster, "svc-udp", &all, |_, _| {})
+    };
+    endpoints(&[first])?;
+    let sockets = sockets(&client.netns, &at(&vips, PORT))?;
+    all_reach(&sockets, &first.name)?;
+    endpoints(&[first, elsewhere])?;
+    all_reach(&sockets, &first.name)?;
+    // Traffic without a local endpoint must not leave anything behind that blackholes the next.
+    endpoints(&[elsewhere])?;
+    none_reaches_anybody(&sockets);
+    endpoints(&[third, elsewhere])?;
+    Ok(all_reach(&sockets, &third.name)?)
+}
+
 /// "should be able to preserve UDP traffic when initial unready endpoints get ready".
 #[test]
 fn udp_reaches_endpoints_that_get_ready() -> TestResult {

@@ -13,7 +13,11 @@ use weir_tests::{
     traffic::{self, Connection, Protocol},
 };
 
-use super::support::{Backends, PORT, TARGET, is_served_by, is_unreachable, is_up, name, service};
+use super::support::{
+    Backends, PORT, TARGET, is_down, is_served_by, is_unreachable, is_up, name, service,
+};
+
+const NODE_PORT: u16 = 30_080;
 
 /// "Granular Checks: Pods should function for intra-pod communication: http [NodeConformance]",
 /// "… udp"; "should function for node-pod communication: http [LinuxOnly]", "… udp".
@@ -35,6 +39,14 @@ fn pods_and_nodes_reach_pods() -> TestResult {
     Ok(())
 }
 
+/// A Service that also has NodePorts.
+fn node_port(service: &mut serde_json::Value, port: u16) {
+    service["spec"]["type"] = "NodePort".into();
+    for number in 0..2 {
+        service["spec"]["ports"][number]["nodePort"] = port.into();
+    }
+}
+
 /// "should function for pod-Service: http" and "… udp", their part with the ClusterIP.
 #[test]
 fn pods_reach_services() -> TestResult {
@@ -49,6 +61,19 @@ fn pods_reach_services() -> TestResult {
     Ok(())
 }
 
+/// "should function for node-Service: http" and "… udp", their part with the ClusterIP.
+#[test]
+fn nodes_reach_services() -> TestResult {
+    let cluster = Cluster::builder("node-Service").start()?;
+    let backends = Backends::start(&cluster, "netserver-", &["node1", "node2"])?;
+    let vips = cluster_ips(10);
+    backends.serve(&cluster, "node-port-service", &vips, |_| {})?;
+    for node in cluster.nodes() {
+        is_up(&node.netns, &vips, &backends.names())?;
+    }
+    Ok(())
+}
+
 /// "should function for endpoint-Service: http" and "… udp": each endpoint reaches all, itself
 /// included.
 #[test]
@@ -59,6 +84,43 @@ fn endpoints_reach_their_own_service() -> TestResult {
     backends.serve(&cluster, "node-port-service", &vips, |_| {})?;
     for pod in &backends.pods {
         is_up(&pod.netns, &vips, &backends.names())?;
+    }
+    Ok(())
+}
+
+/// The parts of "should function for pod-Service", "node-Service" and "endpoint-Service" with a
+/// node's address, "should support basic nodePort: udp functionality", and "should update
+/// nodePort: http [Slow]" and "… udp [Slow]": at the client's own node. Limit: ten tries after the
+/// removal.
+#[test]
+fn node_ports_function_and_are_removed() -> TestResult {
+    let cluster = Cluster::builder("nodePort").start()?;
+    let backends = Backends::start(&cluster, "netserver-", &["node1", "node2"])?;
+    let client = cluster.pod("node1", "test-container-pod")?;
+    let node = cluster.node("node1");
+    let vips = cluster_ips(10);
+    backends.serve(&cluster, "node-port-service", &vips, |service| {
+        node_port(service, NODE_PORT);
+    })?;
+    let clients = [&client.netns, &*node.netns, &backends.pods[0].netns];
+    for from in clients {
+        for address in &node.addresses {
+            for protocol in Protocol::ALL {
+                let to = SocketAddr::new(*address, NODE_PORT);
+                is_served_by(from, protocol, to, &backends.names())?;
+            }
+        }
+    }
+    cluster
+        .objects()
+        .delete(&service("node-port-service", &vips))?;
+    cluster.wait_applied()?;
+    for from in clients {
+        for address in &node.addresses {
+            for protocol in Protocol::ALL {
+                is_unreachable(from, protocol, SocketAddr::new(*address, NODE_PORT))?;
+            }
+        }
     }
     Ok(())
 }
@@ -128,4 +190,31 @@ fn large_requests_are_handled() -> TestResult {
         })?;
     }
     Ok(())
+}
+
+/// "should function for service endpoints using hostNetwork", with the ClusterIP.
+#[test]
+fn endpoints_on_nodes_are_reached() -> TestResult {
+    let cluster = Cluster::builder("hostNetwork endpoints").start()?;
+    let mut servers = Vec::new();
+    for node in cluster.nodes() {
+        servers.extend(node.serve(TARGET)?);
+    }
+    let client = cluster.pod("node1", "test-container-pod")?;
+    let vips = cluster_ips(10);
+    let endpoints: Vec<Endpoint> = cluster
+        .nodes()
+        .iter()
+        .flat_map(|node| {
+            let addresses = node.addresses.iter();
+            addresses.map(|address| Endpoint::ready(*address, &node.name, ""))
+        })
+        .collect();
+    cluster.service("node-port-service", &vips, TARGET, &endpoints)?;
+    for from in [&client.netns, &*cluster.node("node1").netns] {
+        is_up(from, &vips, &["node1", "node2"])?;
+    }
+    cluster.endpoints("node-port-service", TARGET, &[])?;
+    cluster.wait_applied()?;
+    Ok(is_down(&client.netns, &vips)?)
 }

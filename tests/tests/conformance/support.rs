@@ -2,11 +2,12 @@
 
 use std::{
     collections::BTreeMap,
+    io::ErrorKind,
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use weir_tests::{
     Cluster, Pod,
@@ -22,6 +23,8 @@ pub const PORT: u16 = 80;
 /// Requests after which every one of a few endpoints must have answered: one of three is missed
 /// with a chance of 10^-17.
 const TRIES: usize = 100;
+/// How long a refusal may take: `agnhost connect --timeout=3s`.
+const REFUSAL: Duration = Duration::from_secs(3);
 /// How long an answer that must not come is waited for, where no refusal has to come either.
 const SILENCE: Duration = Duration::from_secs(1);
 
@@ -166,6 +169,35 @@ pub fn is_up(client: &NetNs, cluster_ips: &[IpAddr], wanted: &[&str]) -> Result<
     for ip in cluster_ips {
         for protocol in Protocol::ALL {
             is_served_by(client, protocol, SocketAddr::new(*ip, PORT), wanted)?;
+        }
+    }
+    Ok(())
+}
+
+/// Requires that a connection is refused, at once: TCP with a reset or ICMP, UDP with ICMP.
+/// Upstream: `agnhost connect --timeout=3s` answers `REFUSED`.
+pub fn is_refused(client: &NetNs, protocol: Protocol, to: SocketAddr) -> Result<()> {
+    let begin = Instant::now();
+    let result = client.run(|| match protocol {
+        Protocol::Tcp => TcpStream::connect_timeout(&to, REFUSAL).map(drop),
+        Protocol::Udp => ask(to, REFUSAL).map(drop),
+    });
+    let took = begin.elapsed();
+    match result {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) => bail!(
+            "{} {to}: {error} after {took:?} instead of a refusal",
+            protocol.name()
+        ),
+        Ok(()) => bail!("{} {to} answered instead of refusing", protocol.name()),
+    }
+}
+
+/// As [`is_refused`], at every address and with both protocols.
+pub fn is_down(client: &NetNs, cluster_ips: &[IpAddr]) -> Result<()> {
+    for ip in cluster_ips {
+        for protocol in Protocol::ALL {
+            is_refused(client, protocol, SocketAddr::new(*ip, PORT))?;
         }
     }
     Ok(())

@@ -1,9 +1,63 @@
 //! Endpoints that are not ready or about to end, from upstream's `test/e2e/network/service.go`.
 
-use anyhow::Result;
-use weir_tests::{Cluster, TestResult, cluster::cluster_ips};
+use std::net::SocketAddr;
 
-use super::support::{Backends, apply_slices, is_up, terminating};
+use anyhow::Result;
+use serde_json::{Value, json};
+use weir_tests::{Cluster, TestResult, cluster::cluster_ips, traffic::Protocol};
+
+use super::support::{
+    Backends, PORT, apply_slices, is_down, is_refused, is_served_by, is_up, terminating,
+};
+
+/// Conditions as the EndpointSlice controller sets them for a pod that is not ready.
+fn conditions(ready: bool, serving: bool, terminating: bool) -> impl Fn(usize, &mut Value) {
+    move |_, endpoint| {
+        endpoint["conditions"] =
+            json!({"ready": ready, "serving": serving, "terminating": terminating});
+    }
+}
+
+/// "should create endpoints for unready pods", "should be able to connect to terminating and
+/// unready endpoints if PublishNotReadyAddresses is true" and "should not be able to connect to
+/// terminating and unready endpoints if PublishNotReadyAddresses is false" (their NodePorts of
+/// other nodes are outside). Limit: 5 min (`KubeProxyLagTimeout`) and 30 s.
+#[test]
+fn follows_the_conditions_of_unready_endpoints() -> TestResult {
+    let cluster = Cluster::builder("unready").start()?;
+    let backends = Backends::start(&cluster, "webserver", &["node1"])?;
+    let clients = [
+        cluster.pod("node1", "pause1")?,
+        cluster.pod("node2", "pause2")?,
+    ];
+    let vips = cluster_ips(10);
+    backends.serve(&cluster, "tolerate-unready", &vips, |_| {})?;
+    // (conditions, served): with publishNotReadyAddresses the controller says ready.
+    let cases = [
+        ((false, false, false), false),
+        ((true, false, false), true),
+        ((true, false, true), true),
+        ((false, false, true), false),
+        ((true, true, true), true),
+    ];
+    for ((ready, serving, terminating), served) in cases {
+        let conditions = conditions(ready, serving, terminating);
+        apply_slices(
+            &cluster,
+            "tolerate-unready",
+            &backends.endpoints(),
+            conditions,
+        )?;
+        for client in &clients {
+            if served {
+                is_up(&client.netns, &vips, &backends.names())?;
+            } else {
+                is_down(&client.netns, &vips)?;
+            }
+        }
+    }
+    Ok(())
+}
 
 /// "should fallback to terminating endpoints when there are no ready endpoints with
 /// internalTrafficPolicy=Cluster". Limit: five times in 25 s.
@@ -57,4 +111,65 @@ fn falls_back_to_terminating_endpoints() -> TestResult {
         },
     )?;
     Ok(check(&backends.names()[1..])?)
+}
+
+/// "should fallback to local terminating endpoints when there are no ready endpoints with
+/// internalTrafficPolicy=Local". Limit: five times in 25 s.
+#[test]
+fn falls_back_to_local_terminating_endpoints() -> TestResult {
+    let cluster = Cluster::builder("terminating local").start()?;
+    let backends = Backends::start(&cluster, "echo-hostname-", &["node1"])?;
+    let near = cluster.pod("node1", "pause1")?;
+    let far = cluster.pod("node2", "pause2")?;
+    let vips = cluster_ips(10);
+    backends.serve(&cluster, "svc-proxy-terminating", &vips, |service| {
+        service["spec"]["internalTrafficPolicy"] = "Local".into();
+    })?;
+    apply_slices(
+        &cluster,
+        "svc-proxy-terminating",
+        &backends.endpoints(),
+        |_, endpoint| terminating(endpoint),
+    )?;
+    is_up(&near.netns, &vips, &backends.names())?;
+    for vip in vips {
+        is_refused(&far.netns, Protocol::Tcp, SocketAddr::new(vip, PORT))?;
+    }
+    Ok(())
+}
+
+/// "should fallback to terminating endpoints when there are no ready endpoints with
+/// externallTrafficPolicy=Cluster" and "should fallback to local terminating endpoints when there
+/// are no ready endpoints with externalTrafficPolicy=Local", as clients of the node itself see
+/// them (to whom every endpoint is inside; other nodes' NodePorts are outside). Limit: five times
+/// in 25 s.
+#[test]
+fn falls_back_to_terminating_endpoints_of_a_node_port() -> TestResult {
+    const NODE_PORT: u16 = 30_080;
+    let cluster = Cluster::builder("terminating node port").start()?;
+    let backends = Backends::start(&cluster, "echo-hostname-", &["node1"])?;
+    let client = cluster.pod("node1", "pause1")?;
+    let vips = cluster_ips(10);
+    for policy in ["Cluster", "Local"] {
+        backends.serve(&cluster, "svc-proxy-terminating", &vips, |service| {
+            service["spec"]["type"] = "NodePort".into();
+            service["spec"]["externalTrafficPolicy"] = policy.into();
+            for port in 0..2 {
+                service["spec"]["ports"][port]["nodePort"] = NODE_PORT.into();
+            }
+        })?;
+        apply_slices(
+            &cluster,
+            "svc-proxy-terminating",
+            &backends.endpoints(),
+            |_, endpoint| terminating(endpoint),
+        )?;
+        for address in &cluster.node("node1").addresses {
+            for protocol in Protocol::ALL {
+                let to = SocketAddr::new(*address, NODE_PORT);
+                is_served_by(&client.netns, protocol, to, &backends.names())?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -1,0 +1,76 @@
+//! `internalTrafficPolicy: Local`, from upstream's `test/e2e/network/service.go`. Limit of all:
+//! five times, each within 5 s (`curl --connect-timeout 5`).
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use weir_tests::{
+    Cluster, Node, TestResult, cluster::cluster_ips, netns::NetNs, objects::Endpoint,
+    traffic::Protocol,
+};
+
+use super::support::{Backends, PORT, TARGET, is_down, is_refused, is_up, service};
+
+fn local(service: &mut serde_json::Value) {
+    service["spec"]["internalTrafficPolicy"] = "Local".into();
+}
+
+/// "should respect internalTrafficPolicy=Local Pod to Pod".
+#[test]
+fn internal_local_from_pod_to_pod() -> TestResult {
+    let cluster = Cluster::builder("local pod to pod").start()?;
+    let backends = Backends::start(&cluster, "echo-hostname-", &["node1"])?;
+    let near = cluster.pod("node1", "pause1")?;
+    let far = cluster.pod("node2", "pause2")?;
+    let vips = cluster_ips(10);
+    backends.serve(&cluster, "svc-itp", &vips, local)?;
+    is_up(&near.netns, &vips, &backends.names())?;
+    is_down(&far.netns, &vips)?;
+    // Switched while it runs.
+    backends.serve(&cluster, "svc-itp", &vips, |_| {})?;
+    is_up(&far.netns, &vips, &backends.names())?;
+    backends.serve(&cluster, "svc-itp", &vips, local)?;
+    Ok(is_down(&far.netns, &vips)?)
+}
+
+/// "should respect internalTrafficPolicy=Local Pod (hostNetwork: true) to Pod".
+#[test]
+fn internal_local_from_node_to_pod() -> TestResult {
+    let cluster = Cluster::builder("local node to pod").start()?;
+    let backends = Backends::start(&cluster, "echo-hostname-", &["node1"])?;
+    let vips = cluster_ips(10);
+    backends.serve(&cluster, "svc-itp", &vips, local)?;
+    is_up(&cluster.node("node1").netns, &vips, &backends.names())?;
+    Ok(is_down(&cluster.node("node2").netns, &vips)?)
+}
+
+fn host_network_endpoints(node: &Node) -> Vec<Endpoint> {
+    let addresses = node.addresses.iter();
+    addresses
+        .map(|address| Endpoint::ready(*address, &node.name, ""))
+        .collect()
+}
+
+/// "should respect internalTrafficPolicy=Local Pod and Node, to Pod (hostNetwork: true)".
+#[test]
+fn internal_local_to_an_endpoint_on_the_node() -> TestResult {
+    let cluster = Cluster::builder("local to host network").start()?;
+    let (node1, node2) = (cluster.node("node1"), cluster.node("node2"));
+    let _servers = node1.serve(TARGET)?;
+    let near = cluster.pod("node1", "pause1")?;
+    let far = cluster.pod("node2", "pause2")?;
+    let vips = cluster_ips(10);
+    let mut object = service("svc-itp", &vips);
+    local(&mut object);
+    cluster.apply(&object)?;
+    cluster.endpoints("svc-itp", TARGET, &host_network_endpoints(node1))?;
+    cluster.wait_applied()?;
+    let refused_for = |client: &NetNs| -> Result<()> {
+        vips.iter()
+            .try_for_each(|vip| is_refused(client, Protocol::Tcp, SocketAddr::new(*vip, PORT)))
+    };
+    is_up(&near.netns, &vips, &["node1"])?;
+    refused_for(&far.netns)?;
+    is_up(&node1.netns, &vips, &["node1"])?;
+    Ok(refused_for(&node2.netns)?)
+}
