@@ -187,6 +187,37 @@ impl Bed {
         self.cgroup.as_ref().map(Cgroup::enter).transpose()
     }
 
+    /// Requires that connections were translated where this kind of bed is to do it: the flow
+    /// table knows the frontend exactly if packets carried it. To be called once some were made.
+    ///
+    /// # Errors
+    ///
+    /// They took another way, or the flow table cannot be read.
+    pub fn check_way(&self) -> Result<()> {
+        if !self.is_weir() {
+            return Ok(());
+        }
+        let flows = self
+            .cluster
+            .node("node1")
+            .weir_json(&["bpf", "flow", "list"])?;
+        let flows = flows.as_array().context("a list of flows")?;
+        let on_the_wire = flows.iter().any(|flow| {
+            flow["destination"] == FRONTEND.ip().to_string()
+                && flow["destination_port"] == FRONTEND.port()
+        });
+        ensure!(
+            on_the_wire == (self.kind == Kind::WeirTc),
+            "connections to {FRONTEND} were {} in the packets, not where they should be",
+            if on_the_wire {
+                "translated"
+            } else {
+                "not translated"
+            }
+        );
+        Ok(())
+    }
+
     /// All Services, the measured one in the middle: it shall stand where one stands on average.
     fn rules(&self, count: u32) -> Result<Vec<Service>> {
         let mut services: Vec<Service> = (1..count).map(rules::other).collect();

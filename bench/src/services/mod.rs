@@ -236,6 +236,10 @@ fn measure(
         series.base.push(base);
         drop(inside);
     }
+    // Once is enough, before the table is large.
+    if (at, round) == (0, 0) && contender.series[at].iter().any(|s| s.failure.is_none()) {
+        contender.bed.check_way().with_context(|| contender.name)?;
+    }
     Ok(())
 }
 
