@@ -327,6 +327,10 @@ impl Agent {
             }
         }
         self.model_has_changed(was_synced);
+        let synced = self.source_state.synced;
+        if synced && (translations_changed || !was_synced) {
+            self.mark_changed_flags();
+        }
     }
 
     /// Marks what the model wants otherwise than before. `was_synced`: the source was complete
@@ -361,9 +365,6 @@ impl Agent {
         }
         for key in services {
             self.mark(Row::Service(Box::new(key)));
-        }
-        if translations_changed || !was_synced {
-            self.mark_changed_flags();
         }
     }
 
