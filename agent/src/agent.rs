@@ -91,6 +91,8 @@ pub struct Agent {
     config: NodeConfig,
     late: Late,
     host: host::Host,
+    /// Ports of the node that lead to pods, as the model knows them.
+    host_ports: BTreeMap<model::PodInterface, Vec<model::HostPort>>,
     netlink: Netlink,
     network: mpsc::Receiver<NetlinkEvent>,
     nodes: NodeManager,
@@ -230,6 +232,7 @@ impl Agent {
             program_ids: start::program_ids(&mut datapath),
             late: start::late(&datapath),
             host: host::Host::default(),
+            host_ports: BTreeMap::new(),
             datapath,
             ring,
             config,

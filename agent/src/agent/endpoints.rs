@@ -1,12 +1,16 @@
 //! Requests of the API: pods come and go, and people ask.
 
+use std::collections::BTreeMap;
+
 use tonic::{Code, Status};
 use weir_api::v1;
 
 use super::{Agent, Row};
 use crate::{
     api::Command,
-    endpoint::{EndpointError, EndpointKey, ErrorKind, boot_seconds},
+    endpoint::{self, EndpointError, EndpointKey, EndpointSpec, ErrorKind, boot_seconds},
+    model::{HostPort, PodInterface},
+    objects::ObjectName,
 };
 
 impl Agent {
@@ -123,7 +127,53 @@ impl Agent {
         if !ranges.eq(self.config.pod_ranges.iter().copied()) {
             self.mark(Row::Config);
         }
+        self.take_host_ports();
     }
+
+    /// Tells the model of the ports of the node that lead to pods.
+    fn take_host_ports(&mut self) {
+        let now: BTreeMap<PodInterface, Vec<HostPort>> = self
+            .endpoints
+            .with_host_ports()
+            .map(|spec| (interface(spec), host_ports(spec)))
+            .collect();
+        if now == self.host_ports {
+            return;
+        }
+        let before = std::mem::replace(&mut self.host_ports, now);
+        for gone in before
+            .keys()
+            .filter(|key| !self.host_ports.contains_key(key))
+        {
+            self.model.set_host_ports(gone.clone(), None);
+        }
+        for (interface, ports) in &self.host_ports {
+            if before.get(interface) != Some(ports) {
+                self.model
+                    .set_host_ports(interface.clone(), Some(ports.clone()));
+            }
+        }
+        self.model_has_changed(self.source_state.synced);
+    }
+}
+
+fn interface(spec: &EndpointSpec) -> PodInterface {
+    PodInterface {
+        pod: ObjectName::new(spec.pod_namespace.as_str(), spec.pod_name.as_str()),
+        container_id: spec.key.container_id.clone(),
+        ifname: spec.key.ifname.clone(),
+    }
+}
+
+fn host_ports(spec: &EndpointSpec) -> Vec<HostPort> {
+    let port = |port: &endpoint::HostPort| HostPort {
+        host_ip: port.host_ip,
+        host_port: port.host_port,
+        protocol: port.protocol,
+        addresses: spec.addresses.clone(),
+        container_port: port.container_port,
+    };
+    spec.host_ports.iter().map(port).collect()
 }
 
 fn status(error: EndpointError) -> Status {

@@ -214,6 +214,7 @@ impl Agent {
             // Tried again at every tick, and shown in the status meanwhile.
             tracing::warn!(%error, "cannot take over an endpoint of an earlier agent");
         }
+        self.endpoints_changed();
         self.mark(Row::Host);
         self.mark(Row::Sockets);
         self.events_lost = self
