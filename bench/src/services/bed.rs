@@ -274,7 +274,7 @@ fn weir_arguments(kind: Kind, cgroup: &mut Option<Cgroup>) -> Result<Vec<String>
     arguments.extend(["--backends-max", "131072"].map(str::to_owned));
     if socket_translation_exists() {
         let socket = kind == Kind::WeirSocket;
-        let folder = Cgroup::create(if socket { "socket" } else { "tc" })?;
+        let folder = Cgroup::create()?;
         let path: &PathBuf = &folder.path;
         arguments.extend([
             "--cgroup-root".to_owned(),

@@ -5,12 +5,15 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process,
-    sync::Once,
+    sync::{
+        Once,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use anyhow::{Context as _, Result};
 
-/// How folders begin; the number of their process and a name follow.
+/// How folders begin; the number of their process and a number of their own follow.
 const PREFIX: &str = "weir-bench-";
 
 /// A folder of the cgroup2 hierarchy, gone when dropped.
@@ -26,8 +29,9 @@ impl Cgroup {
     /// # Errors
     ///
     /// No cgroup2 hierarchy is mounted, or it cannot be written.
-    pub fn create(name: &str) -> Result<Self> {
+    pub fn create() -> Result<Self> {
         static ONCE: Once = Once::new();
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
         let root = root()?;
         ONCE.call_once(|| {
             remove_of_the_dead(&root);
@@ -35,7 +39,8 @@ impl Cgroup {
             // SAFETY: the handler is called once, at exit, and takes nothing from this frame.
             unsafe { libc::atexit(remove_own) };
         });
-        let path = root.join(format!("{PREFIX}{}-{name}", process::id()));
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = root.join(format!("{PREFIX}{}-{number}", process::id()));
         fs::create_dir(&path).with_context(|| format!("make the cgroup {}", path.display()))?;
         Ok(Self { path })
     }
@@ -139,8 +144,8 @@ mod tests {
 
     #[test]
     fn folders_are_told_by_their_process() {
-        assert_eq!(owner(Path::new("/x/weir-bench-12-tc")), Some(12));
-        assert_eq!(owner(Path::new("/x/weir-bench-tc")), None);
+        assert_eq!(owner(Path::new("/x/weir-bench-12-0")), Some(12));
+        assert_eq!(owner(Path::new("/x/weir-bench-x")), None);
         assert_eq!(owner(Path::new("/x/system.slice")), None);
     }
 }

@@ -50,6 +50,8 @@ struct Series {
     base: Vec<Figures>,
     /// Connections per second to the endpoints' own addresses on the same node.
     own: Vec<f64>,
+    /// Connections per second through the Service, times that on the node with one Service.
+    of_one: Vec<f64>,
     /// Why nothing could be measured.
     failure: Option<String>,
 }
@@ -58,6 +60,9 @@ struct Series {
 struct Contender {
     name: &'static str,
     bed: Bed,
+    /// The same with one Service all the time; Weir only. Differences of a few percent can be
+    /// seen only side by side, not between one minute and the next.
+    one_service: Option<Bed>,
     /// By count of Services: seconds of loading, or why it failed.
     loads: Vec<Result<f64, String>>,
     /// By count of Services, then client.
@@ -89,7 +94,8 @@ pub fn run(effort: Effort) -> Result<Section> {
          that nobody has. {} rounds of {} ms for each path, one after the other, every pair (the Service, the \
          endpoints' own addresses) in direct succession. Connections are opened and reset one after another by one \
          client. Weir is compared with its own node; kube-proxy's rules with a node that routes without any rule, \
-         because every connection there has to pass the rules, through a Service or not. In iptables, where the place \
+         because every connection there has to pass the rules, through a Service or not. Whether Weir's rate depends on the \
+         number of Services is told by a second node with one Service, measured beside it in each round. In iptables, where the place \
          in the list matters, the measured Service stands in the middle.",
         plan.rounds,
         plan.time.as_millis()
@@ -153,9 +159,19 @@ fn contenders(section: &mut Section) -> Result<Vec<Contender>> {
             ));
             continue;
         }
+        let start = || Bed::start(kind).with_context(|| format!("start the node of {name}"));
+        let bed = start()?;
+        let one_service = if bed.is_weir() {
+            let mut bed = start()?;
+            bed.load(1)?;
+            Some(bed)
+        } else {
+            None
+        };
         found.push(Contender {
             name,
-            bed: Bed::start(kind).with_context(|| format!("start the node of {name}"))?,
+            bed,
+            one_service,
             loads: Vec::new(),
             series: Vec::new(),
         });
@@ -235,12 +251,27 @@ fn measure(
         series.through.push(service);
         series.base.push(base);
         drop(inside);
+        if let Some(one) = &contender.one_service {
+            let ratio = ratio_to(one, bed, client, plan.time);
+            series
+                .of_one
+                .push(ratio.with_context(|| context("one Service"))?);
+        }
     }
     // Once is enough, before the table is large.
     if (at, round) == (0, 0) && contender.series[at].iter().any(|s| s.failure.is_none()) {
         contender.bed.check_way().with_context(|| contender.name)?;
     }
     Ok(())
+}
+
+/// Connections per second through the Service at `bed`, times that at `one`.
+fn ratio_to(one: &Bed, bed: &Bed, client: usize, time: Duration) -> Result<f64> {
+    let rate = |bed: &Bed| -> Result<f64> {
+        let _inside = bed.enter()?;
+        connection_rate(&bed.clients[client], &bed.server, &[bed.frontend()], time)
+    };
+    Ok(rate(bed)? / rate(one)?)
 }
 
 fn figures(bed: &Bed, client: usize, to: &[SocketAddr], time: Duration) -> Result<Figures> {
@@ -307,6 +338,13 @@ fn tables(
         }
         section.table(&table);
     }
+    let mut flat = table(
+        plan,
+        &format!(
+            "New TCP connections a second, from {from} through a ClusterIP: times that on another node with one Service"
+        ),
+        None,
+    );
     let mut absolute = table(
         plan,
         &format!("New TCP connections from {from} through a ClusterIP, thousand a second"),
@@ -336,11 +374,23 @@ fn tables(
         let through = |value: fn(&Figures) -> f64| {
             move |series: &Series| series.through.iter().map(value).collect::<Vec<_>>()
         };
+        if contender.one_service.is_some() {
+            let series = contender.shown(client);
+            let cells = series.map(|series| {
+                let spread = series.and_then(|series| spread(series.of_one.iter().copied()));
+                cell(&spread, 1.0, 2)
+            });
+            let cells: Vec<String> = [contender.name.to_owned()]
+                .into_iter()
+                .chain(cells)
+                .collect();
+            flat.row(cells);
+        }
         absolute.row(row(&through(|figures| figures.rate), 1e-3));
         latency.row(row(&through(|figures| figures.p50), 1e6));
         own.row(row(&|series| series.own.clone(), 1e-3));
     }
-    for table in [absolute, latency, own] {
+    for table in [flat, absolute, latency, own] {
         section.table(&table);
     }
     Ok(())
