@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use weir_tests::{Cluster, TestResult, cluster::cluster_ips, traffic::Protocol};
 
 use super::support::{
-    Backends, PORT, apply_slices, is_down, is_refused, is_served_by, is_up, terminating,
+    Backends, PORT, apply_slices, is_down, is_served_by, is_unreachable, is_up, terminating,
 };
 
 /// Conditions as the EndpointSlice controller sets them for a pod that is not ready.
@@ -133,7 +133,7 @@ fn falls_back_to_local_terminating_endpoints() -> TestResult {
     )?;
     is_up(&near.netns, &vips, &backends.names())?;
     for vip in vips {
-        is_refused(&far.netns, Protocol::Tcp, SocketAddr::new(vip, PORT))?;
+        is_unreachable(&far.netns, Protocol::Tcp, SocketAddr::new(vip, PORT))?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! `internalTrafficPolicy: Local`, from upstream's `test/e2e/network/service.go`. Limit of all:
 //! five times, each within 5 s (`curl --connect-timeout 5`).
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Result;
 use weir_tests::{
@@ -9,10 +9,20 @@ use weir_tests::{
     traffic::Protocol,
 };
 
-use super::support::{Backends, PORT, TARGET, is_down, is_refused, is_up, service};
+use super::support::{Backends, PORT, TARGET, is_unreachable, is_up, service};
 
 fn local(service: &mut serde_json::Value) {
     service["spec"]["internalTrafficPolicy"] = "Local".into();
+}
+
+/// No connection, whether refused or dropped: upstream leaves that open, and kube-proxy drops.
+fn nobody_answers(client: &NetNs, vips: &[IpAddr]) -> Result<()> {
+    for vip in vips {
+        for protocol in Protocol::ALL {
+            is_unreachable(client, protocol, SocketAddr::new(*vip, PORT))?;
+        }
+    }
+    Ok(())
 }
 
 /// "should respect internalTrafficPolicy=Local Pod to Pod".
@@ -25,12 +35,12 @@ fn internal_local_from_pod_to_pod() -> TestResult {
     let vips = cluster_ips(10);
     backends.serve(&cluster, "svc-itp", &vips, local)?;
     is_up(&near.netns, &vips, &backends.names())?;
-    is_down(&far.netns, &vips)?;
+    nobody_answers(&far.netns, &vips)?;
     // Switched while it runs.
     backends.serve(&cluster, "svc-itp", &vips, |_| {})?;
     is_up(&far.netns, &vips, &backends.names())?;
     backends.serve(&cluster, "svc-itp", &vips, local)?;
-    Ok(is_down(&far.netns, &vips)?)
+    Ok(nobody_answers(&far.netns, &vips)?)
 }
 
 /// "should respect internalTrafficPolicy=Local Pod (hostNetwork: true) to Pod".
@@ -41,7 +51,7 @@ fn internal_local_from_node_to_pod() -> TestResult {
     let vips = cluster_ips(10);
     backends.serve(&cluster, "svc-itp", &vips, local)?;
     is_up(&cluster.node("node1").netns, &vips, &backends.names())?;
-    Ok(is_down(&cluster.node("node2").netns, &vips)?)
+    Ok(nobody_answers(&cluster.node("node2").netns, &vips)?)
 }
 
 fn host_network_endpoints(node: &Node) -> Vec<Endpoint> {
@@ -65,12 +75,8 @@ fn internal_local_to_an_endpoint_on_the_node() -> TestResult {
     cluster.apply(&object)?;
     cluster.endpoints("svc-itp", TARGET, &host_network_endpoints(node1))?;
     cluster.wait_applied()?;
-    let refused_for = |client: &NetNs| -> Result<()> {
-        vips.iter()
-            .try_for_each(|vip| is_refused(client, Protocol::Tcp, SocketAddr::new(*vip, PORT)))
-    };
     is_up(&near.netns, &vips, &["node1"])?;
-    refused_for(&far.netns)?;
+    nobody_answers(&far.netns, &vips)?;
     is_up(&node1.netns, &vips, &["node1"])?;
-    Ok(refused_for(&node2.netns)?)
+    Ok(nobody_answers(&node2.netns, &vips)?)
 }
