@@ -6,9 +6,8 @@
 mod golden;
 mod host_ports;
 mod property;
-mod random;
-mod reference;
 mod render;
+mod world;
 
 use std::collections::BTreeMap;
 

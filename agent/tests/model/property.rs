@@ -1,22 +1,25 @@
 //! Random changes: the incremental model says what the reference computes from scratch, and its
 //! deltas lead there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use weir_agent::{
-    model::{Model, ModelOptions},
-    objects::LabelSelector,
+    model::{BackendAddress, Model, Scope},
+    objects::{Family, Protocol},
     source::Change,
 };
 
 use crate::{
     Mirror,
-    random::{ADDRESSES, EXCLUDED_LABEL, Random, Step},
-    reference::{self, World},
+    world::{
+        Step, World,
+        random::{ADDRESSES, Random},
+        reference::{self, Packet, Reference},
+    },
 };
 
 /// More with `WEIR_MODEL_SEEDS`.
-const SEEDS: u64 = 400;
+const SEEDS: u64 = 200;
 const CHANGES: usize = 150;
 
 #[test]
@@ -77,11 +80,7 @@ impl Seen {
 fn run(seed: u64) -> Seen {
     let mut random = Random::new(seed);
     let mut world = World::random();
-    let mut model = Model::new(ModelOptions {
-        node_name: world.node.clone(),
-        exclude_services: Some(LabelSelector::parse(EXCLUDED_LABEL).unwrap()),
-        exclude_cidrs: world.excluded_cidrs.clone(),
-    });
+    let mut model = Model::new(world.options());
     let mut mirror = Mirror::default();
     let mut seen = Seen::default();
     for step in 0..CHANGES {
@@ -90,7 +89,8 @@ fn run(seed: u64) -> Seen {
         take(&mut model, change);
         if random.one_in(3) || step + 1 == CHANGES {
             mirror.follow(model.take_delta());
-            compare(&model, &mirror, &world);
+            let reference = compare(&model, &mirror, &world);
+            send_packets(&mut random, &mirror, &reference);
             seen.look(&mirror);
         }
     }
@@ -115,7 +115,7 @@ fn take(model: &mut Model, step: Step) {
     }
 }
 
-fn compare(model: &Model, mirror: &Mirror, world: &World) {
+fn compare(model: &Model, mirror: &Mirror, world: &World) -> Reference {
     let expected = reference::compute(world);
     assert_eq!(mirror.services, expected.services);
     assert_eq!(*mirror, Mirror::of(model));
@@ -138,5 +138,44 @@ fn compare(model: &Model, mirror: &Mirror, world: &World) {
         });
     for (kind, count) in model.object_counts() {
         assert_eq!(counts.get(&kind).copied().unwrap_or(0), count, "{kind}");
+    }
+    expected
+}
+
+/// What a client addresses, of every family and protocol.
+type FrontendKey = (Option<std::net::IpAddr>, Family, u16, Protocol, Scope);
+
+/// Looks frontends up as the programs do: by address, then by no address at addresses of the node.
+fn send_packets(random: &mut Random, mirror: &Mirror, reference: &Reference) {
+    let mut frontends: BTreeMap<FrontendKey, BTreeSet<BackendAddress>> = BTreeMap::new();
+    for (key, port) in &mirror.services {
+        for f in &port.frontends {
+            let members = port.backends.iter().filter(|(_, b)| b.is_in(f.set));
+            let members = members.map(|(address, _)| *address).collect();
+            let place = (f.address, key.family, f.port, key.protocol, f.scope);
+            let before = frontends.insert(place, members);
+            assert_eq!(before, None, "two ports have {place:?}");
+        }
+    }
+    for _ in 0..8 {
+        let address = random.address();
+        let packet = Packet {
+            scope: random.pick(&[Scope::Inside, Scope::Outside]),
+            address,
+            port: random.pick(&[53, 80, 8080, 30_000, 30_001, 30_002]),
+            protocol: random.pick(&[Protocol::Tcp, Protocol::Udp, Protocol::Sctp]),
+            is_node_address: random.one_in(2),
+        };
+        let key = |address| {
+            let family = Family::of(packet.address);
+            (address, family, packet.port, packet.protocol, packet.scope)
+        };
+        let exact = frontends.get(&key(Some(address)));
+        let found = exact.or_else(|| frontends.get(&key(None)).filter(|_| packet.is_node_address));
+        assert_eq!(
+            found,
+            reference.endpoints_of(&packet).as_ref(),
+            "{packet:?}"
+        );
     }
 }

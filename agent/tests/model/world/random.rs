@@ -13,7 +13,7 @@ use weir_agent::{
     source::Change,
 };
 
-use crate::reference::World;
+use super::{EXCLUDED_LABEL, Step, THIS_NODE, World};
 
 pub const ADDRESSES: [&str; 10] = [
     "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5", "fd00::1", "fd00::2", "fd00::3",
@@ -27,54 +27,6 @@ const CIDRS: [&str; 5] = [
     "fd00::2/127",
     "fd01::/64",
 ];
-
-/// Name of this node in every random world.
-pub const THIS_NODE: &str = "n1";
-/// Services with this label are excluded.
-pub const EXCLUDED_LABEL: &str = "excluded";
-
-/// What changes a world.
-#[derive(Clone, Debug)]
-pub enum Step {
-    Object(Change),
-    HostPorts(PodInterface, Option<Vec<HostPort>>),
-}
-
-impl World {
-    /// Without objects.
-    pub fn random() -> Self {
-        Self {
-            node: THIS_NODE.to_owned(),
-            excluded_label: EXCLUDED_LABEL.to_owned(),
-            excluded_cidrs: vec![
-                "10.0.0.5/32".parse().unwrap(),
-                "fd00::5/128".parse().unwrap(),
-            ],
-            ..Self::default()
-        }
-    }
-
-    pub fn follow(&mut self, step: &Step) {
-        match step.clone() {
-            Step::Object(Change::Upsert(object)) => {
-                self.objects.insert(object.key(), object);
-            }
-            Step::Object(Change::Delete(key)) => {
-                self.objects.remove(&key);
-            }
-            Step::HostPorts(interface, ports) => {
-                let ports = ports.filter(|ports| !ports.is_empty());
-                let known = self.host_ports.iter().position(|(i, _)| *i == interface);
-                match (known, ports) {
-                    (Some(at), Some(ports)) => self.host_ports[at].1 = ports,
-                    (Some(at), None) => drop(self.host_ports.remove(at)),
-                    (None, Some(ports)) => self.host_ports.push((interface, ports)),
-                    (None, None) => {}
-                }
-            }
-        }
-    }
-}
 
 /// xorshift64.
 pub struct Random(u64);

@@ -7,30 +7,18 @@ use std::{
     net::IpAddr,
 };
 
-use ipnet::IpNet;
 use weir_agent::{
     model::{
         Backend, BackendAddress, BackendState, EndpointSet, Frontend, FrontendKind, HostPort,
-        Owner, PodInterface, Scope, ServicePort, ServicePortKey, UnusedBackend,
+        Owner, Scope, ServicePort, ServicePortKey, UnusedBackend,
     },
     objects::{
-        EndpointSlice, Family, Node, Object, ObjectKey, Protocol, Service, ServiceType,
-        SliceEndpoint, TrafficPolicy,
+        EndpointSlice, Family, Node, Object, Protocol, Service, ServiceType, SliceEndpoint,
+        TrafficPolicy,
     },
 };
 
-/// Everything there is.
-#[derive(Clone, Debug, Default)]
-pub struct World {
-    pub objects: BTreeMap<ObjectKey, Object>,
-    /// In the order in which the pods came.
-    pub host_ports: Vec<(PodInterface, Vec<HostPort>)>,
-    /// Name of this node.
-    pub node: String,
-    /// Services with this label are left to somebody else.
-    pub excluded_label: String,
-    pub excluded_cidrs: Vec<IpNet>,
-}
+use super::World;
 
 #[derive(Default)]
 pub struct Reference {
@@ -42,6 +30,44 @@ pub struct Reference {
 
 /// What clients address; without an address every one of this node.
 type Place = (Option<IpAddr>, Family, u16, Protocol);
+
+/// A first packet of a client.
+#[derive(Clone, Copy, Debug)]
+pub struct Packet {
+    /// Where the client is.
+    pub scope: Scope,
+    pub address: IpAddr,
+    pub port: u16,
+    pub protocol: Protocol,
+    /// Whether node ports are served at the address.
+    pub is_node_address: bool,
+}
+
+impl Reference {
+    /// The endpoints that a packet may go to; `None` if no frontend takes it. A frontend with the
+    /// packet's own address comes before node ports.
+    pub fn endpoints_of(&self, packet: &Packet) -> Option<BTreeSet<BackendAddress>> {
+        let every = packet.is_node_address.then_some(None);
+        let found = [Some(Some(packet.address)), every].into_iter().flatten();
+        let takes = |address| {
+            self.services.iter().find_map(|(key, port)| {
+                let of_port =
+                    key.family == Family::of(packet.address) && key.protocol == packet.protocol;
+                let mut frontends = port.frontends.iter().filter(|_| of_port);
+                let frontend = frontends.find(|f| {
+                    (f.address, f.port, f.scope) == (address, packet.port, packet.scope)
+                })?;
+                Some((port, frontend.set))
+            })
+        };
+        let (port, set) = found.into_iter().find_map(takes)?;
+        let members = port
+            .backends
+            .iter()
+            .filter(|(_, backend)| backend.is_in(set));
+        Some(members.map(|(address, _)| *address).collect())
+    }
+}
 
 pub fn compute(world: &World) -> Reference {
     let mut reference = Reference::default();
