@@ -1,7 +1,10 @@
 //! Random changes: the incremental model says what the reference computes from scratch, and its
 //! deltas lead there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env,
+};
 
 use weir_agent::{
     model::{BackendAddress, Model, Scope},
@@ -18,13 +21,18 @@ use crate::{
     },
 };
 
-/// More with `WEIR_MODEL_SEEDS`.
 const SEEDS: u64 = 200;
+/// With `WEIR_LONG=1`. `WEIR_MODEL_SEEDS` asks for any other number.
+const SEEDS_LONG: u64 = 5000;
 const CHANGES: usize = 150;
 
 #[test]
 fn the_incremental_model_equals_the_reference() {
-    let seeds = std::env::var("WEIR_MODEL_SEEDS").map_or(SEEDS, |text| text.parse().unwrap());
+    let seeds = match (env::var("WEIR_MODEL_SEEDS"), env::var("WEIR_LONG")) {
+        (Ok(text), _) => text.parse().unwrap(),
+        (_, Ok(long)) if long == "1" => SEEDS_LONG,
+        _ => SEEDS,
+    };
     let mut seen = Seen::default();
     for seed in 1..=seeds {
         let result = std::panic::catch_unwind(|| run(seed));
