@@ -2,13 +2,20 @@
 //! and that a frontend which changes its set is neither missing nor before its endpoints. The order is
 //! seen by having the kernel refuse the later step.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use weir_agent::{
     model::{EndpointSet, Frontend, FrontendKind, Scope, ServicePort},
     objects::Family,
 };
-use weir_common::service::{self, ServiceState, backend_state, flag};
+use weir_common::{
+    Ipv4,
+    service::{self, FrontendKey, ServiceState, backend_state, flag},
+};
 
 use crate::support::{BpfFs, FAMILIES, ReadOnly, backend_address, cluster_ip, key, port};
 
@@ -309,4 +316,45 @@ fn node_ports_stand_once_for_all_addresses_of_the_node() {
         datapath.apply_service(&key(family, 1), None).unwrap();
         assert_eq!(fs.frontend_row(own, 30_080, Scope::Inside), None);
     }
+}
+
+/// A reader that looks all the time finds the frontend every time.
+#[test]
+fn a_frontend_that_changes_its_set_is_never_missing() {
+    let fs = BpfFs::new();
+    let mut datapath = fs.open();
+    let key = key(Family::V4, 1);
+    let policies = [Cluster, Local].map(|set| outside_only(Family::V4, set, &[1]));
+    datapath.apply_service(&key, Some(&policies[0])).unwrap();
+    let IpAddr::V4(address) = cluster_ip(Family::V4, EXTERNAL) else {
+        unreachable!()
+    };
+    let frontend = FrontendKey {
+        address: Ipv4::from(address),
+        port: weir_common::Port::new(80),
+        protocol: weir_common::protocol::TCP,
+        scope: Scope::Outside.number(),
+    };
+    let map = fs.hash::<FrontendKey<Ipv4>, u32>("FRONTENDS_V4");
+    let stop = AtomicBool::new(false);
+    let (looks, rows) = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let (mut looks, mut rows) = (0, BTreeSet::new());
+            while !stop.load(Ordering::Relaxed) {
+                rows.insert(map.get(&frontend, 0).ok());
+                looks += 1;
+            }
+            (looks, rows)
+        });
+        for round in 0..4000 {
+            let desired = &policies[(round + 1) % 2];
+            datapath.apply_service(&key, Some(desired)).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        reader.join().unwrap()
+    });
+    assert!(looks > 1000, "{looks}");
+    let number = service::service_port_of_row(outside(&fs, Family::V4).unwrap());
+    let both = [Cluster, Local].map(|set| Some(row(number, set)));
+    assert_eq!(rows, BTreeSet::from(both));
 }
