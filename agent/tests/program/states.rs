@@ -11,7 +11,7 @@ use weir_common::{
 
 use crate::{
     bed::{Bed, CLIENT, Verdict, for_both_families, with_beds},
-    packet::{ACK, FIN, RST, SYN, tcp, udp},
+    packet::{ACK, FIN, L4, RST, SYN, tcp, udp},
 };
 
 const PORT: u16 = 40000;
@@ -258,10 +258,20 @@ fn a_connection_that_is_over_leaves_its_tuple_to_another() {
 fn a_connection_without_an_answer_keeps_its_tuple_for_its_time_only() {
     for_both_families(|bed| {
         service(bed);
-        for (idle, changed, flows) in [(119, 1, 4), (121, 0, 0)] {
-            send(bed, &[(Client, SYN)]);
+        let resolver = (bed.remote_pod(9), BACK);
+        bed.service(1, Protocol::Udp, FRONT, &[resolver]);
+        let syn: fn(u16) -> L4 = |to| tcp(PORT, to, SYN);
+        let question: fn(u16) -> L4 = |to| udp(PORT, to);
+        for (l4, idle, changed, flows) in [
+            (syn, 119, 1, 4),
+            (syn, 121, 0, 0),
+            (question, 29, 1, 4),
+            (question, 31, 0, 0),
+        ] {
+            let packet = bed.leaving(CLIENT, bed.cluster_ip(1), l4(FRONT));
+            assert_eq!(bed.pod_sends(CLIENT, &packet).verdict, Verdict::Remote);
             age(bed, idle);
-            let direct = bed.leaving(CLIENT, bed.remote_pod(9), tcp(PORT, BACK, SYN));
+            let direct = bed.leaving(CLIENT, bed.remote_pod(9), l4(BACK));
             let seen = bed.pod_sends(CLIENT, &direct);
             assert_eq!(seen.flow_counter(outcome::FLOW_PORT_CHANGED), changed);
             assert_eq!(bed.flows().len(), flows, "idle for {idle} s");
