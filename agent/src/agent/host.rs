@@ -122,6 +122,8 @@ impl Agent {
             None => self.netlink.make_host_device(mtu).await?,
         };
         host_device::set_switches()?;
+        self.netlink.set_link_up(device.host).await?;
+        self.netlink.set_link_up(device.net).await?;
         if self.host.device != Some(device) {
             self.host.device = Some(device);
             self.host.forget_routes();

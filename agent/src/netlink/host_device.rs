@@ -13,10 +13,7 @@ use std::{
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
     RouteNetlinkMessage,
-    link::{
-        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
-        LinkFlags, LinkInfo, LinkMessage,
-    },
+    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
 };
 use weir_common::config::HOST_DEVICE_MAC;
 
@@ -36,16 +33,13 @@ pub struct HostDevice {
     pub net: u32,
 }
 
-/// The pair among all links, if both ends are there, up, and ours.
+/// The pair among all links, if both ends are there and ours.
 pub fn find(links: &[Link]) -> Option<HostDevice> {
     let end = |name: &str| {
         links
             .iter()
             .find(|link| {
-                link.name == name
-                    && link.kind == "veth"
-                    && link.up
-                    && link.mac == Some(HOST_DEVICE_MAC.0)
+                link.name == name && link.kind == "veth" && link.mac == Some(HOST_DEVICE_MAC.0)
             })
             .map(|link| link.ifindex)
     };
@@ -55,12 +49,10 @@ pub fn find(links: &[Link]) -> Option<HostDevice> {
     })
 }
 
-/// The request that makes the pair. `mtu` in bytes.
+/// The request that makes the pair, down. `mtu` in bytes.
 pub(super) fn creation(mtu: u32) -> Request {
-    let mut peer = side(NET_DEVICE, mtu);
-    // Both come up together.
+    let peer = side(NET_DEVICE, mtu);
     let mut link = side(HOST_DEVICE, mtu);
-    peer.header.change_mask = peer.header.flags;
     link.attributes.push(LinkAttribute::LinkInfo(vec![
         LinkInfo::Kind(InfoKind::Veth),
         LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
@@ -73,31 +65,29 @@ pub(super) fn creation(mtu: u32) -> Request {
 
 fn side(name: &str, mtu: u32) -> LinkMessage {
     let mut message = LinkMessage::default();
-    message.header.flags = LinkFlags::Up | LinkFlags::Noarp;
+    message.header.flags = LinkFlags::Noarp;
     message.header.change_mask = message.header.flags;
     message.attributes = vec![
         LinkAttribute::IfName(name.to_owned()),
         LinkAttribute::Mtu(mtu),
         LinkAttribute::Address(HOST_DEVICE_MAC.0.to_vec()),
-        // No link-local address: nobody is to be found there.
-        LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
-            In6AddrGenMode::None,
-        )])]),
     ];
     message
 }
 
 /// Switches of both ends. Answers come from Services and from the node itself, which the stack takes
 /// for forged otherwise.
-const SWITCHES: [(&str, &str); 5] = [
+const SWITCHES: [(&str, &str); 6] = [
     ("ipv4/conf/DEV/rp_filter", "0"),
     ("ipv4/conf/DEV/accept_local", "1"),
     ("ipv4/conf/DEV/forwarding", "1"),
     ("ipv6/conf/DEV/accept_ra", "0"),
     ("ipv6/conf/DEV/accept_dad", "0"),
+    // No link-local address: nobody is to be found there.
+    ("ipv6/conf/DEV/addr_gen_mode", "1"),
 ];
 
-/// Sets the switches of both ends, in the network namespace of the calling thread.
+/// Sets the switches of both ends before they are up, in the network namespace of the calling thread.
 ///
 /// # Errors
 ///

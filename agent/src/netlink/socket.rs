@@ -168,7 +168,7 @@ impl Netlink {
         }
     }
 
-    /// Makes the node's own device, both ends up, in place of one that is not as it should be. `mtu`
+    /// Makes the node's own device, both ends down, in place of one that is not as it should be. `mtu`
     /// in bytes.
     pub async fn make_host_device(&self, mtu: u32) -> Result<HostDevice, NetlinkError> {
         for link in self.links().await? {
