@@ -48,6 +48,8 @@ pub struct Decision<A> {
     pub backend_generation: u32,
     /// Number of the Service port if it has session affinity, else 0.
     pub affinity_port: u32,
+    /// What the ipcache says of the packet's destination, see [`address_flag`].
+    pub address_flags: u32,
 }
 
 /// Where an address is.
@@ -107,6 +109,7 @@ fn try_decide<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReaso
     decision.affinity_port = 0;
     policy::judge(egress_set)?;
     let mut target = locate::<F>(config, packet.key.destination, number);
+    decision.address_flags = u32::from(target.flags);
     let row = frontend::<F>(packet, target.flags, ports_known)?;
     if row != service::NO_ROW {
         let client = service::client_of::<F>(packet.key.source, number == NODE);

@@ -55,7 +55,10 @@ impl Snapshot {
         // Spare files are there once the first pod was.
         run_files.retain(|file| !file.ends_with("/sysctls.json") && !file.ends_with(".json.tmp"));
         all.insert("files", run_files);
-        all.insert("pins", files(&node.bpf_root));
+        let devices = device_names(node)?;
+        let pins = files(&node.bpf_root);
+        let pins = pins.into_iter().map(|pin| with_device_name(pin, &devices));
+        all.insert("pins", pins.collect());
         all.insert("endpoints", rows(&node.weir_json(&["endpoint", "list"])?));
         for (map, what) in [
             ("endpoint", "endpoint rows"),
@@ -125,4 +128,29 @@ fn files(directory: &Path) -> BTreeSet<String> {
         }
     }
     found
+}
+
+/// Names of the node's devices by interface index.
+fn device_names(node: &Node) -> Result<BTreeMap<String, String>> {
+    let links: Value = serde_json::from_str(&node.netns.tool("ip", &["-json", "link"])?)?;
+    Ok(links
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|link| {
+            let name = link["ifname"].as_str()?.to_owned();
+            Some((link["ifindex"].to_string(), name))
+        })
+        .collect())
+}
+
+/// `links/PROGRAM-IFINDEX` with the device's name: one that is made anew has another index.
+fn with_device_name(pin: String, devices: &BTreeMap<String, String>) -> String {
+    match pin.rsplit_once('-') {
+        Some((program, index)) if pin.contains("/links/") => match devices.get(index) {
+            Some(name) => format!("{program} of {name}"),
+            None => pin,
+        },
+        _ => pin,
+    }
 }

@@ -139,6 +139,8 @@ impl Agent {
     fn adopt_plan(&mut self, before: &NodePlan) {
         if self.plan.mtu != 0 {
             self.endpoints.set_mtu(self.plan.mtu);
+        }
+        if self.plan.mtu != before.mtu {
             self.mark(Row::Host);
         }
         if self.plan.pod_cidrs != before.pod_cidrs {

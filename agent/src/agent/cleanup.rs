@@ -11,6 +11,7 @@ use super::start::datapath_options;
 use crate::{
     datapath::{Datapath, expedite::Expedite},
     netlink::{Change, Netlink, RouteTarget, host_device::HOST_DEVICE, sysctl::Sysctls},
+    objects::Family,
     settings::Settings,
 };
 
@@ -95,7 +96,9 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
                     changes.push(Change::RemoveNeighbour { ifindex, address });
                 }
             }
-            let failures = netlink.apply(changes).await;
+            let rules = [Family::V4, Family::V6].map(Change::RemoveServiceRule);
+            let mut failures = netlink.apply(rules.into()).await;
+            failures.extend(netlink.apply(changes).await);
             let removed = routes.len().saturating_sub(failures.len());
             if removed > 0 {
                 tell(&format!("removed {removed} routes"));

@@ -10,11 +10,12 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::{Agent, Row};
 use crate::{
-    datapath::NodeConfig,
+    datapath::{NodeConfig, ServiceAddress},
     netlink::{
         Change, NetlinkEvent, Route,
         host_device::{self, HostDevice},
     },
+    objects::Family,
 };
 
 /// Interface index of the loopback device, in every network namespace.
@@ -61,13 +62,16 @@ impl Host {
     }
 
     /// The route that an address of Services should have; `None` while there is nothing to lead to.
-    fn route(&self, address: IpAddr) -> Option<Route> {
+    fn route(&self, address: IpAddr, kind: ServiceAddress) -> Option<Route> {
         let device = self.device?;
         let source = self
             .sources
             .iter()
             .find(|source| source.is_ipv4() == address.is_ipv4())?;
-        Some(Route::to_service(address, device.host, *source))
+        Some(match kind {
+            ServiceAddress::Own => Route::to_service(address, device.host, *source),
+            ServiceAddress::Shared => Route::to_shared_service(address, device.host, *source),
+        })
     }
 }
 
@@ -106,24 +110,30 @@ pub(super) fn netns_cookie() -> std::io::Result<u64> {
 impl Agent {
     /// The node's own device is there and has its program, and so has the loopback device.
     pub(super) async fn apply_host(&mut self) -> anyhow::Result<()> {
-        let mtu = if self.plan.mtu == 0 {
-            MTU
-        } else {
-            self.plan.mtu
-        };
-        let links = self.netlink.links().await?;
-        let found = host_device::find(&links).filter(|device| {
-            let fits =
-                |link: &&crate::netlink::Link| link.ifindex == device.host && link.mtu == mtu;
-            links.iter().any(|link| fits(&link))
-        });
-        let device = match found {
+        let mtu = (self.plan.mtu != 0).then_some(self.plan.mtu);
+        let mut links = self.netlink.links().await?;
+        let device = match host_device::find(&links) {
             Some(device) => device,
-            None => self.netlink.make_host_device(mtu).await?,
+            None => {
+                let device = self.netlink.make_host_device(mtu.unwrap_or(MTU)).await?;
+                links = self.netlink.links().await?;
+                device
+            }
         };
         host_device::set_switches()?;
-        self.netlink.set_link_up(device.host).await?;
-        self.netlink.set_link_up(device.net).await?;
+        let mut changes = Vec::new();
+        for ifindex in [device.host, device.net] {
+            let link = links.iter().find(|link| link.ifindex == ifindex);
+            if let Some(mtu) = mtu.filter(|mtu| link.is_some_and(|link| link.mtu != *mtu)) {
+                changes.push(Change::SetLinkMtu { ifindex, mtu });
+            }
+            if link.is_none_or(|link| !link.up) {
+                changes.push(Change::SetLinkUp(ifindex));
+            }
+        }
+        if let Some(error) = self.netlink.apply(changes).await.into_iter().next() {
+            return Err(error.into());
+        }
         if self.host.device != Some(device) {
             self.host.device = Some(device);
             self.host.forget_routes();
@@ -177,17 +187,23 @@ impl Agent {
             }
             self.host.routes = Some(present);
         }
-        let mut changes = Vec::new();
+        let (mut changes, mut rules) = (Vec::new(), BTreeSet::new());
         let mut after = self.host.routes.take().unwrap_or_default();
         for address in dirty {
-            let wanted = if self.datapath.ipcache().is_service_address(address) {
-                self.host.route(address)
-            } else {
-                None
-            };
+            let kind = self.datapath.ipcache().service_address(address);
+            let wanted = kind.and_then(|kind| self.host.route(address, kind));
+            let family = Family::of(address);
+            let is_shared = wanted.is_some() && kind == Some(ServiceAddress::Shared);
+            if is_shared && rules.insert(family) {
+                changes.push(Change::AddServiceRule(family));
+            }
             match (wanted, after.get(&address).copied()) {
                 (Some(wanted), Some(present)) if wanted == present => {}
-                (Some(wanted), _) => {
+                (Some(wanted), present) => {
+                    // Of another table.
+                    if let Some(present) = present.filter(|route| route.metric != wanted.metric) {
+                        changes.push(Change::RemoveRoute(present));
+                    }
                     after.insert(address, wanted);
                     changes.push(Change::ReplaceRoute(wanted));
                 }

@@ -51,7 +51,7 @@ pub use flows::{FlowSweeper, SweepReport};
 pub use layout::Migration;
 pub use tables::{
     AppliedService, ConfigTable, EndpointRow, EndpointTable, Hop, HopRef, Ipcache, NextHops,
-    NodeConfig, Services, TableError,
+    NodeConfig, ServiceAddress, Services, TableError,
 };
 
 use crate::{

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
@@ -13,11 +13,14 @@ use netlink_packet_route::{
         RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
         RouteScope, RouteType, RouteVia,
     },
+    rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 
 use super::{
-    Address, Change, Link, ROUTE_PROTOCOL, ResolvedRoute, Route, RouteTarget, connection::Request,
+    Address, Change, Link, ROUTE_PROTOCOL, ResolvedRoute, Route, RouteTarget, SERVICE_RULE,
+    SERVICE_TABLE, SHARED_METRIC, connection::Request,
 };
+use crate::objects::Family;
 
 /// The request that makes a change.
 pub(super) fn request(change: &Change) -> Request {
@@ -45,6 +48,13 @@ pub(super) fn request(change: &Change) -> Request {
                 NLM_F_CREATE | NLM_F_REPLACE,
             )
         }
+        Change::AddServiceRule(family) => (
+            RouteNetlinkMessage::NewRule(rule_message(family)),
+            NLM_F_CREATE | NLM_F_EXCL,
+        ),
+        Change::RemoveServiceRule(family) => {
+            (RouteNetlinkMessage::DelRule(rule_message(family)), 0)
+        }
         Change::RemoveNeighbour { ifindex, address } => (
             RouteNetlinkMessage::DelNeighbour(neighbour_message(ifindex, address)),
             0,
@@ -54,6 +64,12 @@ pub(super) fn request(change: &Change) -> Request {
             message.header.index = ifindex;
             message.header.flags = LinkFlags::Up;
             message.header.change_mask = LinkFlags::Up;
+            (RouteNetlinkMessage::SetLink(message), 0)
+        }
+        Change::SetLinkMtu { ifindex, mtu } => {
+            let mut message = LinkMessage::default();
+            message.header.index = ifindex;
+            message.attributes.push(LinkAttribute::Mtu(mtu));
             (RouteNetlinkMessage::SetLink(message), 0)
         }
         Change::RemoveLink(ifindex) => {
@@ -69,10 +85,15 @@ pub(super) fn request(change: &Change) -> Request {
 pub(super) fn is_done_already(change: &Change, errno: i32) -> bool {
     match change {
         Change::RemoveRoute(_) => matches!(errno, libc::ESRCH | libc::ENOENT | libc::ENODEV),
+        Change::AddServiceRule(_) => errno == libc::EEXIST,
+        Change::RemoveServiceRule(_) => matches!(errno, libc::ENOENT | libc::EAFNOSUPPORT),
         Change::RemoveNeighbour { .. } | Change::RemoveLink(_) => {
             matches!(errno, libc::ENOENT | libc::ENODEV | libc::ENXIO)
         }
-        Change::ReplaceRoute(_) | Change::ReplaceNeighbour { .. } | Change::SetLinkUp(_) => false,
+        Change::ReplaceRoute(_)
+        | Change::ReplaceNeighbour { .. }
+        | Change::SetLinkUp(_)
+        | Change::SetLinkMtu { .. } => false,
     }
 }
 
@@ -228,10 +249,10 @@ pub(super) fn devices(message: &RouteMessage) -> Vec<u32> {
 }
 
 /// What the kernel is to filter a listing of routes by.
-pub(super) fn route_filter(family: AddressFamily, protocol: Option<u8>) -> RouteMessage {
+pub(super) fn route_filter(family: AddressFamily, table: u8, protocol: Option<u8>) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family;
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.table = table;
     message.header.protocol = protocol.map_or(RouteProtocol::Unspec, RouteProtocol::from);
     message
 }
@@ -284,13 +305,35 @@ fn route_base(route: &Route) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(route.destination.addr());
     message.header.destination_prefix_length = route.destination.prefix_len();
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.table = if route.metric == SHARED_METRIC {
+        SERVICE_TABLE
+    } else {
+        RouteHeader::RT_TABLE_MAIN
+    };
     message
         .attributes
         .push(RouteAttribute::Destination(route.destination.addr().into()));
     message
         .attributes
         .push(RouteAttribute::Priority(route.metric));
+    message
+}
+
+/// What this node's own processes send (whose input device is the loopback device) asks the table of
+/// Services first.
+fn rule_message(family: Family) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    };
+    message.header.table = SERVICE_TABLE;
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![
+        RuleAttribute::Priority(SERVICE_RULE),
+        RuleAttribute::Iifname("lo".to_owned()),
+        RuleAttribute::Protocol(ROUTE_PROTOCOL.into()),
+    ];
     message
 }
 

@@ -96,6 +96,10 @@ pub fn set_switches() -> io::Result<()> {
     for device in [HOST_DEVICE, NET_DEVICE] {
         for (switch, value) in SWITCHES {
             let path: PathBuf = Path::new("/proc/sys/net").join(switch.replace("DEV", device));
+            // Writing what is there already would be news to everybody who watches.
+            if fs::read_to_string(&path).is_ok_and(|present| present.trim() == value) {
+                continue;
+            }
             match fs::write(&path, value) {
                 Err(error)
                     if error.kind() == io::ErrorKind::NotFound && switch.starts_with("ipv6") => {}

@@ -19,6 +19,7 @@ use std::{fmt, io, net::IpAddr};
 use ipnet::IpNet;
 
 pub use self::{connection::Refusal, socket::Netlink};
+use crate::objects::Family;
 
 /// The routing protocol number (`rtm_protocol`, also `NDA_PROTOCOL`) of what Weir enters.
 ///
@@ -33,6 +34,13 @@ pub const ROUTE_PROTOCOL: u8 = 157;
 pub const ROUTE_METRIC: u32 = 157;
 /// Metric of routes to addresses of Services.
 pub const SERVICE_METRIC: u32 = 158;
+/// Metric of routes to addresses that Services share with others (external addresses). They stand in
+/// [`SERVICE_TABLE`].
+pub const SHARED_METRIC: u32 = 159;
+/// Routing table that a rule of Weir's asks first, for what this node's own processes send only.
+pub const SERVICE_TABLE: u8 = 157;
+/// Priority of that rule: after the table of local addresses (0), before the main table (32766).
+pub const SERVICE_RULE: u32 = 157;
 
 /// Metric of Weir's `unreachable` routes: any other route to the same prefix is preferred. The
 /// number is the one of the kernel's `Documentation/networking/vrf.rst`.
@@ -144,6 +152,15 @@ impl Route {
         }
     }
 
+    /// An address that Services share with others, to the node's own device: only for what the node's
+    /// processes send, so that what no Service serves can be sent on.
+    pub fn to_shared_service(address: IpAddr, ifindex: u32, source: IpAddr) -> Self {
+        Self {
+            metric: SHARED_METRIC,
+            ..Self::to_service(address, ifindex, source)
+        }
+    }
+
     /// Through a gateway.
     pub fn via(destination: IpNet, ifindex: u32, gateway: IpAddr) -> Self {
         Self {
@@ -169,7 +186,7 @@ impl Route {
 
     /// Whether it leads to an address of Services.
     pub fn is_to_service(&self) -> bool {
-        self.metric == SERVICE_METRIC
+        matches!(self.metric, SERVICE_METRIC | SHARED_METRIC)
     }
 
     /// Whether it is one that [`pod::install`] makes.
@@ -204,6 +221,10 @@ pub enum Change {
     /// Remove the route of Weir's protocol with its destination and metric (and device, if the
     /// target is a link), if there is one.
     RemoveRoute(Route),
+    /// Have the rule for [`SERVICE_TABLE`], of one family.
+    AddServiceRule(Family),
+    /// Remove that rule, if it is there.
+    RemoveServiceRule(Family),
     /// Enter a permanent neighbour, or replace the neighbour of that address.
     ReplaceNeighbour {
         /// Interface index.
@@ -222,6 +243,13 @@ pub enum Change {
     },
     /// Set a device up.
     SetLinkUp(u32),
+    /// Set the MTU of a device.
+    SetLinkMtu {
+        /// Interface index.
+        ifindex: u32,
+        /// Bytes.
+        mtu: u32,
+    },
     /// Remove a device (and with a veth its peer), if it is there. Takes some 16 ms.
     RemoveLink(u32),
 }
@@ -231,11 +259,28 @@ impl fmt::Display for Change {
         match self {
             Self::ReplaceRoute(route) => write!(f, "enter the route {route}"),
             Self::RemoveRoute(route) => write!(f, "remove the route {route}"),
+            Self::AddServiceRule(family) => {
+                write!(
+                    f,
+                    "enter the {} rule for table {SERVICE_TABLE}",
+                    family.name()
+                )
+            }
+            Self::RemoveServiceRule(family) => {
+                write!(
+                    f,
+                    "remove the {} rule for table {SERVICE_TABLE}",
+                    family.name()
+                )
+            }
             Self::ReplaceNeighbour {
                 ifindex, address, ..
             } => write!(f, "enter the neighbour {address} on device #{ifindex}"),
             Self::RemoveNeighbour { ifindex, address } => {
                 write!(f, "remove the neighbour {address} of device #{ifindex}")
+            }
+            Self::SetLinkMtu { ifindex, mtu } => {
+                write!(f, "set the MTU of device #{ifindex} to {mtu}")
             }
             Self::SetLinkUp(ifindex) => write!(f, "set device #{ifindex} up"),
             Self::RemoveLink(ifindex) => write!(f, "remove device #{ifindex}"),

@@ -12,7 +12,7 @@ use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::AddressMessage,
     link::{LinkAttribute, LinkExtentMask, LinkMessage},
-    route::RouteMessage,
+    route::{RouteHeader, RouteMessage},
 };
 
 use tokio::{
@@ -22,7 +22,7 @@ use tokio::{
 
 use super::{
     Address, Change, Link, NetlinkError, NetlinkEvent, ROUTE_PROTOCOL, Refusal, ResolvedRoute,
-    Route,
+    Route, SERVICE_TABLE,
     connection::{Connection, Reply},
     convert,
     host_device::{self, HOST_DEVICE, HostDevice, NET_DEVICE},
@@ -97,9 +97,11 @@ impl Netlink {
             .collect())
     }
 
-    /// All routes of [`ROUTE_PROTOCOL`] in the main table, both families.
+    /// All routes of [`ROUTE_PROTOCOL`] in the main table and in that of Services, both families.
     pub async fn own_routes(&self) -> Result<Vec<Route>, NetlinkError> {
-        let messages = self.routes(Some(ROUTE_PROTOCOL)).await?;
+        let main = RouteHeader::RT_TABLE_MAIN;
+        let mut messages = self.routes(main, Some(ROUTE_PROTOCOL)).await?;
+        messages.extend(self.routes(SERVICE_TABLE, Some(ROUTE_PROTOCOL)).await?);
         Ok(messages
             .iter()
             // Kernels before 4.20 do not filter.
@@ -110,7 +112,7 @@ impl Netlink {
 
     /// Interface indices of the devices with a default route of either family in the main table.
     pub async fn default_route_devices(&self) -> Result<BTreeSet<u32>, NetlinkError> {
-        let messages = self.routes(None).await?;
+        let messages = self.routes(RouteHeader::RT_TABLE_MAIN, None).await?;
         Ok(messages
             .iter()
             .filter(|message| message.header.destination_prefix_length == 0)
@@ -227,10 +229,14 @@ impl Netlink {
         }
     }
 
-    async fn routes(&self, protocol: Option<u8>) -> Result<Vec<RouteMessage>, NetlinkError> {
+    async fn routes(
+        &self,
+        table: u8,
+        protocol: Option<u8>,
+    ) -> Result<Vec<RouteMessage>, NetlinkError> {
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let filter = convert::route_filter(family, protocol);
+            let filter = convert::route_filter(family, table, protocol);
             let listed = self
                 .dump("routes", RouteNetlinkMessage::GetRoute(filter))
                 .await;

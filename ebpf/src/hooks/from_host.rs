@@ -71,8 +71,11 @@ fn decide_and_commit<F: Family>(
     on_loopback: bool,
 ) -> Result<Option<u32>, DropReason> {
     decide::for_sender::<F>(decide::NODE, ports_known)?;
-    if scratch::decision::<F>()?.decision.stateful == 0 {
-        if on_loopback {
+    let decision = &scratch::decision::<F>()?.decision;
+    if decision.stateful == 0 {
+        // An address that Services share with others: the stack sends what comes from this device
+        // on without the rule that led it here.
+        if on_loopback || decision.address_flags != 0 {
             return Ok(None);
         }
         // The route is that of a Service which is gone: the stack would lead it here again.

@@ -36,6 +36,27 @@ pub struct Ipcache {
     service_addresses: BTreeSet<IpAddr>,
 }
 
+/// What an address that only Services have is to them.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ServiceAddress {
+    /// Theirs alone: what no Service serves there is refused.
+    Own,
+    /// Perhaps somebody else's beyond this node: what no Service serves goes there.
+    Shared,
+}
+
+impl ServiceAddress {
+    fn of(entry: IpcacheEntry) -> Option<Self> {
+        if entry.class != class::SERVICE || entry.flags & flag::FRONTENDS == 0 {
+            None
+        } else if entry.flags & flag::REFUSE != 0 {
+            Some(Self::Own)
+        } else {
+            Some(Self::Shared)
+        }
+    }
+}
+
 /// What is known of one prefix.
 #[derive(Clone, Copy, Debug, Default)]
 struct Row {
@@ -301,20 +322,18 @@ impl Ipcache {
         failed.map_or(Ok(removed), Err)
     }
 
-    /// Whether an address belongs to Services alone: what nobody serves there is refused.
+    /// What an address is to Services that serve it; `None` if it is a node's too, or nobody's.
     #[must_use]
-    pub fn is_service_address(&self, address: IpAddr) -> bool {
-        self.rows
-            .get(&IpNet::from(address))
-            .and_then(|row| row.written)
-            .is_some_and(|entry| entry.flags & flag::REFUSE != 0)
+    pub fn service_address(&self, address: IpAddr) -> Option<ServiceAddress> {
+        let row = self.rows.get(&IpNet::from(address))?;
+        row.written.and_then(ServiceAddress::of)
     }
 
     /// All such addresses.
     pub fn service_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.rows.iter().filter_map(|(prefix, row)| {
-            let entry = row.written?;
-            (entry.flags & flag::REFUSE != 0).then_some(prefix.addr())
+            row.written.and_then(ServiceAddress::of)?;
+            Some(prefix.addr())
         })
     }
 
@@ -380,10 +399,7 @@ impl Ipcache {
                     }
                 },
             }
-            let is_service = |entry: Option<IpcacheEntry>| {
-                entry.is_some_and(|entry| entry.flags & flag::REFUSE != 0)
-            };
-            if is_service(row.written) != is_service(wanted) {
+            if row.written.and_then(ServiceAddress::of) != wanted.and_then(ServiceAddress::of) {
                 self.service_addresses.insert(prefix.addr());
             }
             row.written = wanted;
