@@ -47,6 +47,14 @@ impl Families {
     }
 }
 
+/// TCP connections to Services are translated at the socket, the agent's default.
+pub const BY_SOCKET: &[&str] = &[];
+/// They are translated packet by packet, as UDP always is: arguments for
+/// [`ClusterBuilder::agent_arguments`].
+pub const BY_PACKET: &[&str] = &["--socket-translation", "false"];
+/// Both.
+pub const BOTH_WAYS: [&[&str]; 2] = [BY_SOCKET, BY_PACKET];
+
 /// What a cluster shall be like.
 #[derive(Clone, Debug)]
 pub struct ClusterBuilder {

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use weir_tests::{
     Cluster, Pod, TestResult,
-    cluster::cluster_ips,
+    cluster::{BY_PACKET, cluster_ips},
     load::Load,
     process, rounds,
     traffic::{self, Connection, Protocol, Server},
@@ -30,7 +30,11 @@ struct Bed {
 
 impl Bed {
     fn new(name: &str, arguments: &[&str]) -> Result<Self> {
-        let cluster = Cluster::builder(name).agent_arguments(arguments).start()?;
+        // What the programs translate is what can be lost.
+        let cluster = Cluster::builder(name)
+            .agent_arguments(BY_PACKET)
+            .agent_arguments(arguments)
+            .start()?;
         let client = cluster.pod("node1", "client")?;
         let servers = vec![
             cluster.pod("node1", "server1")?,

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use weir_tests::{
     Cluster, Pod, TestResult,
-    cluster::cluster_ips,
+    cluster::{BOTH_WAYS, cluster_ips},
     load::Load,
     node::number,
     traffic::{self, Protocol, Server, UdpClient},
@@ -47,22 +47,24 @@ fn spread(
 
 #[test]
 fn connections_spread_over_all_endpoints() -> TestResult {
-    let cluster = Cluster::builder("spread").start()?;
-    let client = cluster.pod("node1", "client")?;
-    let (pods, _running) = servers(&cluster, 5)?;
-    let vips = cluster_ips(10);
-    cluster.service_of_pods("web", &vips, PORT, &pods.iter().collect::<Vec<_>>())?;
-    const TRIES: u32 = 1000;
-    for vip in vips {
-        for protocol in Protocol::ALL {
-            let counts = spread(&client, protocol, SocketAddr::new(vip, 80), TRIES)?;
-            assert_eq!(counts.len(), pods.len(), "{protocol:?} {vip}: {counts:?}");
-            // 200 each are expected; the standard deviation of such a count is 12.6.
-            for (name, count) in &counts {
-                assert!(
-                    (140..=260).contains(count),
-                    "{name} got {count}: {counts:?}"
-                );
+    for way in BOTH_WAYS {
+        let cluster = Cluster::builder("spread").agent_arguments(way).start()?;
+        let client = cluster.pod("node1", "client")?;
+        let (pods, _running) = servers(&cluster, 5)?;
+        let vips = cluster_ips(10);
+        cluster.service_of_pods("web", &vips, PORT, &pods.iter().collect::<Vec<_>>())?;
+        const TRIES: u32 = 1000;
+        for vip in vips {
+            for protocol in Protocol::ALL {
+                let counts = spread(&client, protocol, SocketAddr::new(vip, 80), TRIES)?;
+                assert_eq!(counts.len(), pods.len(), "{protocol:?} {vip}: {counts:?}");
+                // 200 each are expected; the standard deviation of such a count is 12.6.
+                for (name, count) in &counts {
+                    assert!(
+                        (140..=260).contains(count),
+                        "{name} got {count}: {counts:?}"
+                    );
+                }
             }
         }
     }
@@ -71,29 +73,33 @@ fn connections_spread_over_all_endpoints() -> TestResult {
 
 #[test]
 fn a_removed_endpoint_gets_nothing_once_that_is_applied() -> TestResult {
-    let cluster = Cluster::builder("removed endpoint").start()?;
-    let client = cluster.pod("node1", "client")?;
-    let (pods, _running) = servers(&cluster, 3)?;
-    let vips = cluster_ips(10);
-    cluster.service_of_pods("web", &vips, PORT, &pods.iter().collect::<Vec<_>>())?;
-    for (removed, gone) in pods.iter().enumerate() {
-        let left: Vec<_> = pods
-            .iter()
-            .enumerate()
-            .filter(|(number, _)| *number != removed)
-            .flat_map(|(_, pod)| pod.endpoints())
-            .collect();
-        cluster.endpoints("web", PORT, &left)?;
-        cluster.wait_applied()?;
-        for vip in vips {
-            for protocol in Protocol::ALL {
-                let counts = spread(&client, protocol, SocketAddr::new(vip, 80), 60)?;
-                assert_eq!(
-                    counts.get(&gone.name),
-                    None,
-                    "{protocol:?} {vip}: {counts:?}"
-                );
-                assert_eq!(counts.len(), 2, "{protocol:?} {vip}: {counts:?}");
+    for way in BOTH_WAYS {
+        let cluster = Cluster::builder("removed endpoint")
+            .agent_arguments(way)
+            .start()?;
+        let client = cluster.pod("node1", "client")?;
+        let (pods, _running) = servers(&cluster, 3)?;
+        let vips = cluster_ips(10);
+        cluster.service_of_pods("web", &vips, PORT, &pods.iter().collect::<Vec<_>>())?;
+        for (removed, gone) in pods.iter().enumerate() {
+            let left: Vec<_> = pods
+                .iter()
+                .enumerate()
+                .filter(|(number, _)| *number != removed)
+                .flat_map(|(_, pod)| pod.endpoints())
+                .collect();
+            cluster.endpoints("web", PORT, &left)?;
+            cluster.wait_applied()?;
+            for vip in vips {
+                for protocol in Protocol::ALL {
+                    let counts = spread(&client, protocol, SocketAddr::new(vip, 80), 60)?;
+                    assert_eq!(
+                        counts.get(&gone.name),
+                        None,
+                        "{protocol:?} {vip}: {counts:?}"
+                    );
+                    assert_eq!(counts.len(), 2, "{protocol:?} {vip}: {counts:?}");
+                }
             }
         }
     }
@@ -126,23 +132,28 @@ fn a_udp_flow_leaves_a_removed_endpoint_at_its_next_packet() -> TestResult {
 
 #[test]
 fn a_tcp_connection_outlives_the_removal_of_its_endpoint() -> TestResult {
-    let cluster = Cluster::builder("tcp drains").start()?;
-    let client = cluster.pod("node1", "client")?;
-    let (pods, _running) = servers(&cluster, 2)?;
-    let vips = cluster_ips(10);
-    cluster.service_of_pods("web", &vips, PORT, &[&pods[0]])?;
-    for vip in vips {
-        cluster.endpoints("web", PORT, &pods[0].endpoints())?;
-        cluster.wait_applied()?;
-        let mut connection = client.run(|| traffic::Connection::open(SocketAddr::new(vip, 80)))?;
-        assert_eq!(connection.server, pods[0].name);
-        connection.start_echo()?;
-        connection.echo(b"before")?;
-        cluster.endpoints("web", PORT, &pods[1].endpoints())?;
-        cluster.wait_applied()?;
-        connection.echo(b"after")?;
-        let name = client.run(|| traffic::tcp_name(SocketAddr::new(vip, 80)))?;
-        assert_eq!(name, pods[1].name);
+    for way in BOTH_WAYS {
+        let cluster = Cluster::builder("tcp drains")
+            .agent_arguments(way)
+            .start()?;
+        let client = cluster.pod("node1", "client")?;
+        let (pods, _running) = servers(&cluster, 2)?;
+        let vips = cluster_ips(10);
+        cluster.service_of_pods("web", &vips, PORT, &[&pods[0]])?;
+        for vip in vips {
+            cluster.endpoints("web", PORT, &pods[0].endpoints())?;
+            cluster.wait_applied()?;
+            let mut connection =
+                client.run(|| traffic::Connection::open(SocketAddr::new(vip, 80)))?;
+            assert_eq!(connection.server, pods[0].name);
+            connection.start_echo()?;
+            connection.echo(b"before")?;
+            cluster.endpoints("web", PORT, &pods[1].endpoints())?;
+            cluster.wait_applied()?;
+            connection.echo(b"after")?;
+            let name = client.run(|| traffic::tcp_name(SocketAddr::new(vip, 80)))?;
+            assert_eq!(name, pods[1].name);
+        }
     }
     Ok(())
 }

@@ -130,7 +130,7 @@ fn maps_are_listed_with_and_without_an_agent() -> TestResult {
         // Until the remote endpoint was chosen: that flow is there for sure.
         weir_tests::wait_until("a flow", traffic::TIMEOUT, || {
             let to = SocketAddr::new(vip, 80);
-            Ok(bed.pods[0].run(|| traffic::tcp_name(to)).is_ok())
+            Ok(bed.pods[0].run(|| traffic::udp_name(to, 8)).is_ok())
         })?;
     }
     for map in ["lb", "flow", "endpoint", "nexthop", "metrics"] {

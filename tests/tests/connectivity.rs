@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context as _, Result, ensure};
 use weir_tests::{
     Cluster, Pod, TestResult,
-    cluster::cluster_ips,
+    cluster::{BOTH_WAYS, cluster_ips},
     netns::NetNs,
     objects::Endpoint,
     traffic::{self, Protocol},
@@ -113,53 +113,67 @@ fn reaches_service(cluster: &Cluster, client: &Pod, endpoints: &[Endpoint]) -> R
 
 #[test]
 fn services_with_endpoints_on_both_nodes() -> TestResult {
-    let cluster = Cluster::builder("service on both nodes").start()?;
-    let client = cluster.pod("node1", "client")?;
-    let servers = [cluster.pod("node1", "s1")?, cluster.pod("node2", "s2")?];
-    let mut running = Vec::new();
-    for server in &servers {
-        running.extend(server.serve(PORT)?);
-    }
-    let endpoints: Vec<_> = servers.iter().flat_map(Pod::endpoints).collect();
-    reaches_service(&cluster, &client, &endpoints)?;
-    for server in &running {
-        assert!(server.accepted() > 0, "an endpoint got no connection");
+    for way in BOTH_WAYS {
+        let cluster = Cluster::builder("service on both nodes")
+            .agent_arguments(way)
+            .start()?;
+        let client = cluster.pod("node1", "client")?;
+        let servers = [cluster.pod("node1", "s1")?, cluster.pod("node2", "s2")?];
+        let mut running = Vec::new();
+        for server in &servers {
+            running.extend(server.serve(PORT)?);
+        }
+        let endpoints: Vec<_> = servers.iter().flat_map(Pod::endpoints).collect();
+        reaches_service(&cluster, &client, &endpoints)?;
+        for server in &running {
+            assert!(server.accepted() > 0, "an endpoint got no connection");
+        }
     }
     Ok(())
 }
 
 #[test]
 fn services_with_endpoints_on_the_own_node_only() -> TestResult {
-    let cluster = Cluster::builder("service on own node").start()?;
-    let client = cluster.pod("node1", "client")?;
-    let server = cluster.pod("node1", "server")?;
-    let _servers = server.serve(PORT)?;
-    reaches_service(&cluster, &client, &server.endpoints())?;
+    for way in BOTH_WAYS {
+        let cluster = Cluster::builder("service on own node")
+            .agent_arguments(way)
+            .start()?;
+        let client = cluster.pod("node1", "client")?;
+        let server = cluster.pod("node1", "server")?;
+        let _servers = server.serve(PORT)?;
+        reaches_service(&cluster, &client, &server.endpoints())?;
+    }
     Ok(())
 }
 
 #[test]
 fn a_pod_reaches_itself_through_its_service() -> TestResult {
-    let cluster = Cluster::builder("hairpin").start()?;
-    let client = cluster.pod("node1", "client")?;
-    let _servers = client.serve(PORT)?;
-    reaches_service(&cluster, &client, &client.endpoints())?;
+    for way in BOTH_WAYS {
+        let cluster = Cluster::builder("hairpin").agent_arguments(way).start()?;
+        let client = cluster.pod("node1", "client")?;
+        let _servers = client.serve(PORT)?;
+        reaches_service(&cluster, &client, &client.endpoints())?;
+    }
     Ok(())
 }
 
 #[test]
 fn services_with_endpoints_in_the_host_network() -> TestResult {
-    let cluster = Cluster::builder("service in host network").start()?;
-    let client = cluster.pod("node1", "client")?;
-    // The own node is the one where the reply does not come in from a device.
-    for node in cluster.nodes() {
-        let _servers = node.serve(PORT)?;
-        let endpoints: Vec<_> = node
-            .addresses
-            .iter()
-            .map(|address| Endpoint::ready(*address, &node.name, ""))
-            .collect();
-        reaches_service(&cluster, &client, &endpoints)?;
+    for way in BOTH_WAYS {
+        let cluster = Cluster::builder("service in host network")
+            .agent_arguments(way)
+            .start()?;
+        let client = cluster.pod("node1", "client")?;
+        // The own node is the one where the reply does not come in from a device.
+        for node in cluster.nodes() {
+            let _servers = node.serve(PORT)?;
+            let endpoints: Vec<_> = node
+                .addresses
+                .iter()
+                .map(|address| Endpoint::ready(*address, &node.name, ""))
+                .collect();
+            reaches_service(&cluster, &client, &endpoints)?;
+        }
     }
     Ok(())
 }
@@ -185,16 +199,20 @@ fn single_stack_clusters_work() -> TestResult {
 
 #[test]
 fn two_services_with_one_endpoint_do_not_mix() -> TestResult {
-    let cluster = Cluster::builder("two services").start()?;
-    let client = cluster.pod("node1", "client")?;
-    let server = cluster.pod("node2", "server")?;
-    let _servers = server.serve(PORT)?;
-    for number in [10, 11] {
-        let name = format!("web{number}");
-        cluster.service_of_pods(&name, &cluster_ips(number), PORT, &[&server])?;
-    }
-    for vip in [10, 11].into_iter().flat_map(cluster_ips) {
-        reaches(&client.netns, vip, 80, "server")?;
+    for way in BOTH_WAYS {
+        let cluster = Cluster::builder("two services")
+            .agent_arguments(way)
+            .start()?;
+        let client = cluster.pod("node1", "client")?;
+        let server = cluster.pod("node2", "server")?;
+        let _servers = server.serve(PORT)?;
+        for number in [10, 11] {
+            let name = format!("web{number}");
+            cluster.service_of_pods(&name, &cluster_ips(number), PORT, &[&server])?;
+        }
+        for vip in [10, 11].into_iter().flat_map(cluster_ips) {
+            reaches(&client.netns, vip, 80, "server")?;
+        }
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context as _, Result};
 use weir_tests::{
     Cluster, Pod, TestResult,
-    cluster::cluster_ips,
+    cluster::{BY_PACKET, cluster_ips},
     traffic::{self, Connection},
     wait_until,
 };
@@ -24,7 +24,11 @@ struct Bed {
 
 impl Bed {
     fn new(name: &str, mtu: u32) -> Result<Self> {
-        let cluster = Cluster::builder(name).mtu(mtu).start()?;
+        // At the socket a transfer through a Service is one to its endpoint.
+        let cluster = Cluster::builder(name)
+            .mtu(mtu)
+            .agent_arguments(BY_PACKET)
+            .start()?;
         let client = cluster.pod("node1", "client")?;
         let mut servers = Vec::new();
         let mut running = Vec::new();
