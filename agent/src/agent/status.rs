@@ -50,7 +50,11 @@ impl Agent {
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs(),
             source: Some(source),
-            attachments: attachments.iter().map(|a| self.attachment(a)).collect(),
+            attachments: attachments
+                .iter()
+                .map(|a| self.attachment(a))
+                .chain(self.socket_attachments())
+                .collect(),
             maps: self
                 .datapath
                 .fill()
@@ -75,6 +79,22 @@ impl Agent {
             mtu: self.plan.mtu,
             attach_mode: self.datapath.attach_mode().name().to_owned(),
         })
+    }
+
+    /// The programs of sockets; their device is the cgroup.
+    fn socket_attachments(&self) -> Vec<v1::Attachment> {
+        let cgroup = self.settings.cgroup_root.display().to_string();
+        self.datapath
+            .socket_programs()
+            .into_iter()
+            .map(|(program, id)| v1::Attachment {
+                program: program.to_owned(),
+                device: cgroup.clone(),
+                ifindex: 0,
+                hook: "cgroup".to_owned(),
+                program_id: id,
+            })
+            .collect()
     }
 
     fn attachment(&self, attachment: &Attachment) -> v1::Attachment {

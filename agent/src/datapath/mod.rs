@@ -318,6 +318,12 @@ impl Datapath {
         sockets::detach(&self.attacher.folder)
     }
 
+    /// The programs of sockets that are attached, each with its identifier.
+    #[must_use]
+    pub fn socket_programs(&self) -> Vec<(&'static str, u32)> {
+        sockets::attached(&self.ebpf, &self.attacher.folder)
+    }
+
     /// Whether the programs of sockets are attached.
     #[must_use]
     pub fn are_sockets_attached(&self) -> bool {

@@ -11,9 +11,7 @@ use std::{
 use aya::{
     Ebpf,
     programs::{
-        CgroupAttachMode, CgroupSockAddr,
-        cgroup_sock_addr::CgroupSockAddrLink,
-        links::{FdLink, PinnedLink},
+        CgroupAttachMode, CgroupSockAddr, cgroup_sock_addr::CgroupSockAddrLink, links::FdLink,
     },
 };
 
@@ -104,10 +102,24 @@ fn replace(program: &CgroupSockAddr, cgroup: &File, pin: &Path) -> io::Result<()
 
 /// Whether every program is attached, by the pins.
 pub(super) fn are_attached(links: &Path) -> bool {
-    PROGRAMS.iter().all(|name| {
-        PinnedLink::from_pin(links.join(name)).is_ok()
-            && sys::cgroup_of_link(&links.join(name)).is_ok_and(|cgroup| cgroup != 0)
-    })
+    PROGRAMS.iter().all(|name| is_attached(&links.join(name)))
+}
+
+/// The programs that are attached, each with its identifier, 0 if that is not known.
+pub(super) fn attached(ebpf: &Ebpf, links: &Path) -> Vec<(&'static str, u32)> {
+    PROGRAMS
+        .into_iter()
+        .filter(|name| is_attached(&links.join(name)))
+        .map(|name| {
+            let info = ebpf.program(name).and_then(|program| program.info().ok());
+            (name, info.map_or(0, |info| info.id()))
+        })
+        .collect()
+}
+
+/// The link of a cgroup that is gone stands for nothing.
+fn is_attached(pin: &Path) -> bool {
+    sys::cgroup_of_link(pin).is_ok_and(|cgroup| cgroup != 0)
 }
 
 /// Detaches every program. Those that are not attached are no error.
