@@ -12,7 +12,7 @@ pub mod class {
     pub const REMOTE_NODE: u8 = 2;
     /// An address of this node.
     pub const THIS_NODE: u8 = 3;
-    /// An address of a Service that nobody else has. Never a valid source from outside.
+    /// An address of a Service that no node has.
     pub const SERVICE: u8 = 4;
 }
 
@@ -26,6 +26,9 @@ pub mod flag {
     /// A port that no frontend has is refused: a ClusterIP, or a LoadBalancer address that no
     /// device of this node has.
     pub const REFUSE: u8 = 0x4;
+    /// A ClusterIP: nothing from outside may have it as its source. (Load balancers and hosts with an
+    /// external address may send from it.)
+    pub const CLUSTER_IP: u8 = 0x8;
 }
 
 /// A value of `IPCACHE_V4` and `IPCACHE_V6`. The key is the prefix length in bits (u32, byte

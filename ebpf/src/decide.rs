@@ -238,7 +238,9 @@ pub fn check_outside_source<F: Family>(
         return Err(DropReason::InvalidSource);
     }
     match F::ipcache(address) {
-        Some(entry) if matches!(entry.class, class::THIS_NODE | class::SERVICE) => {
+        Some(entry)
+            if entry.class == class::THIS_NODE || entry.flags & address_flag::CLUSTER_IP != 0 =>
+        {
             Err(DropReason::InvalidSource)
         }
         _ => Ok(()),

@@ -10,7 +10,7 @@ use weir_agent::{
 use weir_common::{
     ipcache::{
         IpcacheEntry, class,
-        flag::{FRONTENDS, NODE_PORTS, REFUSE},
+        flag::{CLUSTER_IP, FRONTENDS, NODE_PORTS, REFUSE},
     },
     next_hop,
 };
@@ -44,7 +44,11 @@ fn frontends_mark_their_address_and_cluster_ips_own_it() {
     let mut datapath = fs.open();
     // Kinds, the node manager's entry, and what is written.
     for (kinds, explicit, expected) in [
-        (&[ClusterIp][..], None, (class::SERVICE, FRONTENDS | REFUSE)),
+        (
+            &[ClusterIp][..],
+            None,
+            (class::SERVICE, FRONTENDS | REFUSE | CLUSTER_IP),
+        ),
         (&[ExternalIp], None, (class::SERVICE, FRONTENDS)),
         (&[HostPort], None, (class::SERVICE, FRONTENDS)),
         (&[LoadBalancer], None, (class::SERVICE, FRONTENDS | REFUSE)),
@@ -71,12 +75,12 @@ fn frontends_mark_their_address_and_cluster_ips_own_it() {
         (
             &[ClusterIp],
             Some((class::THIS_NODE, NODE_PORTS)),
-            (class::SERVICE, FRONTENDS | REFUSE),
+            (class::SERVICE, FRONTENDS | REFUSE | CLUSTER_IP),
         ),
         (
             &[ClusterIp, ExternalIp],
             Some((class::REMOTE_NODE, 0)),
-            (class::SERVICE, FRONTENDS | REFUSE),
+            (class::SERVICE, FRONTENDS | REFUSE | CLUSTER_IP),
         ),
     ] {
         for family in FAMILIES {
@@ -123,7 +127,7 @@ fn a_frontend_of_another_kind_changes_the_flags() {
     for (kinds, flags) in [
         ([LoadBalancer], FRONTENDS | REFUSE),
         ([ExternalIp], FRONTENDS),
-        ([ClusterIp], FRONTENDS | REFUSE),
+        ([ClusterIp], FRONTENDS | REFUSE | CLUSTER_IP),
     ] {
         let desired = at(Family::V6, &kinds);
         datapath.apply_service(&key, Some(&desired)).unwrap();

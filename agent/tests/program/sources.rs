@@ -2,11 +2,18 @@
 
 use std::net::IpAddr;
 
-use weir_agent::datapath::NodeConfig;
-use weir_common::{DropReason, MacAddress, endpoint, metrics::Hook};
+use weir_agent::datapath::{HopRef, NodeConfig};
+use weir_common::{
+    DropReason, MacAddress, endpoint,
+    ipcache::{class, flag},
+    metrics::Hook,
+};
 
 use crate::{
-    bed::{CLIENT, Case, ETH0, OTHER, SERVER, Verdict, device, for_both_families, leaving_macs},
+    bed::{
+        CLIENT, Case, ETH0, OTHER, SERVER, Verdict, delivered_macs, device, for_both_families,
+        leaving_macs,
+    },
     packet::{ACK, Icmp, L4, Macs, Packet, SYN, tcp, udp},
 };
 
@@ -75,6 +82,24 @@ fn nothing_outside_claims_to_be_inside() {
                     bed.check(Case::from_netdev(name, &packet, SPOOFED));
                 }
             }
+        }
+    });
+}
+
+/// A load balancer, or a host that has an external address, may send from it.
+#[test]
+fn external_addresses_of_services_are_sources_of_others() {
+    for_both_families(|bed| {
+        let source = bed.cluster_ip(2);
+        for flags in [flag::FRONTENDS, flag::FRONTENDS | flag::REFUSE] {
+            bed.datapath
+                .set_ipcache(source.into(), class::SERVICE, flags, HopRef::None)
+                .unwrap();
+            let packet = bed.incoming(source, bed.pod(CLIENT), tcp(1, 80, SYN));
+            let out = packet.clone().with_macs(delivered_macs(CLIENT)).forwarded();
+            bed.check(Case::from_netdev("to a pod", &packet, Verdict::Local).out(&out));
+            let packet = bed.incoming(source, bed.node(), tcp(1, 80, SYN));
+            bed.check(Case::from_netdev("to the node", &packet, Verdict::Stack));
         }
     });
 }

@@ -61,13 +61,14 @@ fn set_name(set: u32) -> String {
 
 /// What is said of an address in the ipcache.
 pub fn ipcache_flags(flags: u8) -> Vec<String> {
-    use ipcache::flag::{FRONTENDS, NODE_PORTS, REFUSE};
+    use ipcache::flag::{CLUSTER_IP, FRONTENDS, NODE_PORTS, REFUSE};
     flags_of(
         flags.into(),
         &[
             (FRONTENDS.into(), "frontends"),
             (NODE_PORTS.into(), "node-ports"),
             (REFUSE.into(), "refuse"),
+            (CLUSTER_IP.into(), "cluster-ip"),
         ],
     )
 }

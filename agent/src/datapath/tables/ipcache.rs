@@ -109,7 +109,9 @@ impl Frontends {
     const fn flags(self, is_node: bool) -> u8 {
         if self.is_empty() {
             0
-        } else if self.cluster_ips > 0 || (self.load_balancers > 0 && !is_node) {
+        } else if self.cluster_ips > 0 {
+            OF_FRONTENDS
+        } else if self.load_balancers > 0 && !is_node {
             flag::FRONTENDS | flag::REFUSE
         } else {
             flag::FRONTENDS
@@ -149,7 +151,7 @@ impl Row {
 }
 
 /// The bits of [`flag`] that follow from frontends.
-const OF_FRONTENDS: u8 = flag::FRONTENDS | flag::REFUSE;
+const OF_FRONTENDS: u8 = flag::FRONTENDS | flag::REFUSE | flag::CLUSTER_IP;
 
 impl Ipcache {
     /// Reads what the maps hold.
