@@ -41,9 +41,9 @@ pub const POD_MTU: u32 = 1500;
 /// MTU of the way to the other node.
 pub const HOP_MTU: u32 = 1400;
 
-const TC_ACT_UNSPEC: i32 = -1;
-const TC_ACT_SHOT: i32 = 2;
-const TC_ACT_REDIRECT: i32 = 7;
+pub const TC_ACT_UNSPEC: i32 = -1;
+pub const TC_ACT_SHOT: i32 = 2;
+pub const TC_ACT_REDIRECT: i32 = 7;
 
 /// Interface index of a pod's device.
 pub fn device(pod: u32) -> u32 {
@@ -98,15 +98,24 @@ pub struct Bed {
 /// Runs `test` for each family, each time in a network namespace that ends with it.
 pub fn with_beds(options: fn(&mut DatapathOptions), test: fn(&mut Bed)) {
     for family in FAMILIES {
-        std::thread::spawn(move || {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("unshare: needs root");
-            let mut bed = Bed::new(family, options);
-            test(&mut bed);
-            bed.end();
-        })
-        .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        with_bed(family, options, test);
     }
+}
+
+/// Runs `test` with a bed of one family to begin with, in a network namespace that ends with it.
+pub fn with_bed(
+    family: Family,
+    options: fn(&mut DatapathOptions),
+    test: impl FnOnce(&mut Bed) + Send + 'static,
+) {
+    std::thread::spawn(move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("unshare: needs root");
+        let mut bed = Bed::new(family, options);
+        test(&mut bed);
+        bed.end();
+    })
+    .join()
+    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
 
 /// As [`with_beds`], with the usual options.
@@ -154,29 +163,34 @@ impl Bed {
             ));
             bed.add_pod(pod, pod);
         }
-        let prefixes = [bed.remote_pods(), bed.remote_node().into()];
-        bed.datapath
+        bed.add_nodes();
+        bed
+    }
+
+    /// Tells the programs of both nodes, in the family that the bed has now.
+    pub fn add_nodes(&mut self) {
+        let prefixes = [self.remote_pods(), self.remote_node().into()];
+        self.datapath
             .set_hop(
                 "node2",
-                family,
+                self.family,
                 &prefixes,
                 Some(Hop {
                     ifindex: ETH0,
-                    gateway: bed.remote_node(),
+                    gateway: self.remote_node(),
                     mtu: HOP_MTU,
                 }),
             )
             .unwrap();
-        let far = HopRef::Node("node2", family);
-        let own = bed.node().into();
+        let far = HopRef::Node("node2", self.family);
+        let own = self.node().into();
         for (prefix, kind, hop) in [
             (prefixes[0], class::REMOTE_PODS, far),
             (prefixes[1], class::REMOTE_NODE, far),
             (own, class::THIS_NODE, HopRef::Host),
         ] {
-            bed.datapath.set_ipcache(prefix, kind, 0, hop).unwrap();
+            self.datapath.set_ipcache(prefix, kind, 0, hop).unwrap();
         }
-        bed
     }
 
     /// Puts a pod with the addresses of `address` at the device of `number`.
@@ -220,7 +234,7 @@ impl Bed {
         self.pick([10, 1, 1, number as u8], &format!("fd01:0:0:1::{number:x}"))
     }
 
-    fn remote_pods(&self) -> ipnet::IpNet {
+    pub fn remote_pods(&self) -> ipnet::IpNet {
         let range = match self.family {
             Family::V4 => "10.1.1.0/24",
             Family::V6 => "fd01:0:0:1::/64",

@@ -7,6 +7,7 @@
 mod answers;
 mod bed;
 mod budget;
+mod differential;
 mod errors;
 mod forward;
 mod fragments;
@@ -25,3 +26,5 @@ mod states;
 #[allow(dead_code, reason = "the tests of the data path use the rest")]
 mod support;
 mod unfinished;
+#[path = "../model/world/mod.rs"]
+mod world;

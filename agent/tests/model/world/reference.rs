@@ -44,9 +44,19 @@ pub struct Packet {
 }
 
 impl Reference {
-    /// The endpoints that a packet may go to; `None` if no frontend takes it. A frontend with the
-    /// packet's own address comes before node ports.
+    /// The endpoints that a packet may go to; `None` if no frontend takes it.
     pub fn endpoints_of(&self, packet: &Packet) -> Option<BTreeSet<BackendAddress>> {
+        let (_, port, set) = self.port_of(packet)?;
+        let members = port
+            .backends
+            .iter()
+            .filter(|(_, backend)| backend.is_in(set));
+        Some(members.map(|(address, _)| *address).collect())
+    }
+
+    /// The Service port that takes a packet, and which of its endpoints are for it. A frontend with
+    /// the packet's own address comes before node ports.
+    pub fn port_of(&self, packet: &Packet) -> Option<(&ServicePortKey, &ServicePort, EndpointSet)> {
         let every = packet.is_node_address.then_some(None);
         let found = [Some(Some(packet.address)), every].into_iter().flatten();
         let takes = |address| {
@@ -57,15 +67,10 @@ impl Reference {
                 let frontend = frontends.find(|f| {
                     (f.address, f.port, f.scope) == (address, packet.port, packet.scope)
                 })?;
-                Some((port, frontend.set))
+                Some((key, port, frontend.set))
             })
         };
-        let (port, set) = found.into_iter().find_map(takes)?;
-        let members = port
-            .backends
-            .iter()
-            .filter(|(_, backend)| backend.is_in(set));
-        Some(members.map(|(address, _)| *address).collect())
+        found.into_iter().find_map(takes)
     }
 }
 
