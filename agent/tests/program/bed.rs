@@ -54,6 +54,8 @@ pub fn device(pod: u32) -> u32 {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Verdict {
     Stack,
+    /// To the stack, as received by the node's own device.
+    HostDevice,
     Local,
     Remote,
     Answered,
@@ -70,7 +72,18 @@ pub struct Lookups {
     pub frontend: u64,
     pub fragment: u64,
     pub by_ifindex: u64,
+    pub affinity: u64,
 }
+
+/// Lookups of an established connection: the promise.
+pub const ESTABLISHED: Lookups = Lookups {
+    flow: 1,
+    ipcache: 0,
+    frontend: 0,
+    fragment: 0,
+    by_ifindex: 0,
+    affinity: 0,
+};
 
 /// A packet that has been through a program.
 #[derive(Clone, Debug)]
@@ -309,21 +322,20 @@ impl Bed {
         port: u16,
         backends: &[(IpAddr, u16)],
     ) -> AppliedService {
-        let desired = ServicePort {
-            frontends: addresses
-                .iter()
-                .map(|address| Frontend::cluster_ip(*address, port))
-                .collect::<BTreeSet<_>>(),
-            backends: backends
-                .iter()
-                .map(|&(address, port)| {
-                    let address = BackendAddress { address, port };
-                    (address, backend(BackendState::Active))
-                })
-                .collect(),
-            unused: BTreeMap::new(),
-            affinity: None,
-        };
+        let frontends = addresses
+            .iter()
+            .map(|address| Frontend::cluster_ip(*address, port));
+        self.apply(index, protocol, port, service_port(frontends, backends))
+    }
+
+    /// A Service port as it is to be; `port` is part of its identity.
+    pub fn apply(
+        &mut self,
+        index: u32,
+        protocol: Protocol,
+        port: u16,
+        desired: ServicePort,
+    ) -> AppliedService {
         let key = self.service_key(index, protocol, port);
         self.datapath.apply_service(&key, Some(&desired)).unwrap()
     }
@@ -394,6 +406,7 @@ impl Bed {
             Verdict::Dropped(reason) if flow_counters.contains_key(&outcome::REFUSED) => {
                 Verdict::Refused(reason)
             }
+            Verdict::Stack if output.action == TC_ACT_REDIRECT => Verdict::HostDevice,
             other => other,
         };
         let action = match verdict {
@@ -413,6 +426,7 @@ impl Bed {
                 frontend: rise(2),
                 fragment: rise(3),
                 by_ifindex: rise(4),
+                affinity: rise(6),
             },
         }
     }
@@ -468,8 +482,8 @@ impl Bed {
         {
             wrong.push(format!("{:?}\n  expected {lookups:?}", seen.lookups));
         }
-        let done = matches!(seen.verdict, Verdict::Remote)
-            || (seen.verdict == Verdict::Answered && case.hook == Hook::FromNetdev);
+        let answered = matches!(seen.verdict, Verdict::Answered | Verdict::Refused(_));
+        let done = seen.verdict == Verdict::Remote || (answered && case.hook != Hook::FromPod);
         let expected_mark = if done { mark::DONE << 20 } else { 0 };
         if seen.output.mark != expected_mark {
             wrong.push(format!("mark {:#x}", seen.output.mark));
@@ -517,6 +531,25 @@ impl Bed {
             self.failures.len(),
             self.failures.join("\n")
         );
+    }
+}
+
+/// A Service port whose endpoints are ready and used by frontends of policy `Cluster`.
+pub fn service_port(
+    frontends: impl IntoIterator<Item = Frontend>,
+    backends: &[(IpAddr, u16)],
+) -> ServicePort {
+    ServicePort {
+        frontends: frontends.into_iter().collect::<BTreeSet<_>>(),
+        backends: backends
+            .iter()
+            .map(|&(address, port)| {
+                let address = BackendAddress { address, port };
+                (address, backend(BackendState::Active))
+            })
+            .collect(),
+        unused: BTreeMap::new(),
+        affinity: None,
     }
 }
 
@@ -637,6 +670,11 @@ impl Case {
     /// A packet that comes in from outside.
     pub fn from_netdev(name: &str, packet: &Packet, verdict: Verdict) -> Self {
         Self::new(name, Hook::FromNetdev, ETH0, packet.frame(), verdict)
+    }
+
+    /// A packet that the node sends to the end `device` of its own device, or to its loopback device.
+    pub fn from_host(name: &str, device: u32, packet: &Packet, verdict: Verdict) -> Self {
+        Self::new(name, Hook::FromHost, device, packet.frame(), verdict)
     }
 
     /// A packet that the host's stack sends to a pod.

@@ -22,7 +22,7 @@ fn error(v4: bool, quote: Vec<u8>) -> L4 {
 
 /// The quoted packet `translated` with the addresses and ports of `original`: all is put back but
 /// the checksum of layer 4, at which no receiver of an error looks.
-fn put_back(original: &Packet, translated: &Packet) -> Vec<u8> {
+pub fn put_back(original: &Packet, translated: &Packet) -> Vec<u8> {
     let mut quote = original.clone().with_ttl(translated.ttl).datagram();
     let from = translated.datagram();
     let l4 = if original.source.is_ipv4() { 20 } else { 40 };

@@ -17,6 +17,7 @@ const NONE: Lookups = Lookups {
     frontend: 0,
     fragment: 0,
     by_ifindex: 0,
+    affinity: 0,
 };
 const DESTINATION: Lookups = Lookups { ipcache: 1, ..NONE };
 

@@ -12,7 +12,7 @@ const FIRST: usize = 1200;
 const UNKNOWN: Verdict = Verdict::Dropped(DropReason::FragmentNotFound);
 
 /// The pieces of a UDP datagram.
-fn pieces(packet: &Packet, identification: u16, payload: usize) -> Vec<Packet> {
+pub fn pieces(packet: &Packet, identification: u16, payload: usize) -> Vec<Packet> {
     let payload: Vec<u8> = (0..payload).map(|i| (i * 7) as u8).collect();
     let L4::Udp(header) = &packet.l4 else {
         panic!("not UDP")

@@ -12,6 +12,9 @@ mod errors;
 mod forward;
 mod fragments;
 mod full;
+mod host;
+mod host_errors;
+
 mod lifetime;
 mod logged;
 mod malformed;

@@ -10,23 +10,14 @@ use weir_common::{
 
 use crate::{
     bed::{
-        Bed, CLIENT, Case, Lookups, OTHER, SERVER, Seen, Verdict, delivered_macs,
+        Bed, CLIENT, Case, ESTABLISHED, Lookups, OTHER, SERVER, Seen, Verdict, delivered_macs,
         for_both_families, leaving_macs,
     },
     packet::{ACK, Icmp, L4, Packet, RST, SYN, echo, sctp, tcp, udp},
 };
 
-/// An established connection: the promise.
-const ESTABLISHED: Lookups = Lookups {
-    flow: 1,
-    ipcache: 0,
-    frontend: 0,
-    fragment: 0,
-    by_ifindex: 0,
-};
-
 /// Layer 4 of both directions of a connection, with the ports of the Service.
-fn conversations(backend_port: u16) -> Vec<(&'static str, Protocol, L4, L4)> {
+pub fn conversations(backend_port: u16) -> Vec<(&'static str, Protocol, L4, L4)> {
     let port = backend_port;
     let mut kinds = vec![
         (
