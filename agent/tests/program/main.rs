@@ -4,6 +4,7 @@
 //! file system and a network namespace of its own.
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+mod affinity;
 mod answers;
 mod bed;
 mod budget;
