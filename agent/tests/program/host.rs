@@ -309,6 +309,17 @@ fn pods_reach_node_ports_and_external_addresses() {
                 }
             }
         }
+        // Whoever has the external address answers at its other ports.
+        for destination in [bed.pod(CLIENT), bed.node()] {
+            let packet = bed.incoming(external, destination, tcp(99, 30000, ACK));
+            let (out, verdict) = if destination == bed.node() {
+                (packet.clone(), Verdict::Stack)
+            } else {
+                let out = packet.clone().forwarded();
+                (out.with_macs(delivered_macs(CLIENT)), Verdict::Local)
+            };
+            bed.check(Case::from_netdev("other answers", &packet, verdict).out(&out));
+        }
         // Other ports of both are nobody's business here, and NodePorts of others are theirs.
         for (name, address, verdict) in [
             ("unknown port of the node", bed.node(), Verdict::Stack),
