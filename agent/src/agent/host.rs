@@ -135,6 +135,9 @@ impl Agent {
             return Err(error.into());
         }
         if self.host.device != Some(device) {
+            if let Some(gone) = self.host.device.filter(|gone| gone.net != device.net) {
+                self.datapath.detach(gone.net)?;
+            }
             self.host.device = Some(device);
             self.host.forget_routes();
             self.mark(Row::ServiceRoutes);
