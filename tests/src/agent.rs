@@ -188,6 +188,19 @@ impl Agent {
         Ok(())
     }
 
+    /// Lets the next start have other arguments than the cluster's.
+    pub fn use_arguments(&mut self, arguments: &[&str]) {
+        self.arguments = arguments
+            .iter()
+            .map(|&argument| argument.to_owned())
+            .collect();
+    }
+
+    /// Lets the next start attach to another cgroup.
+    pub fn use_cgroup(&mut self, folder: &Path) {
+        folder.clone_into(&mut self.cgroup_root);
+    }
+
     /// Number of the process, when it runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
