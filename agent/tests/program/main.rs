@@ -15,6 +15,7 @@ mod fragments;
 mod full;
 mod host;
 mod host_errors;
+mod host_fragments;
 
 mod lifetime;
 mod logged;
