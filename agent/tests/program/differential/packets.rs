@@ -467,7 +467,9 @@ impl Differential<'_> {
                 Verdict::Dropped(_) => (TC_ACT_SHOT, false),
                 Verdict::Remote => (TC_ACT_REDIRECT, true),
                 Verdict::Refused(_) => (TC_ACT_REDIRECT, hook == Hook::FromHost),
-                Verdict::Local | Verdict::Answered => (TC_ACT_REDIRECT, false),
+                Verdict::Local | Verdict::Answered | Verdict::HostDevice => {
+                    (TC_ACT_REDIRECT, false)
+                }
             };
             let mark = if is_marked {
                 mark::DONE << MARK_SHIFT
@@ -498,7 +500,7 @@ impl Differential<'_> {
             panic!("{text}\n{:#?}", self.world);
         };
         let number = match met.verdict {
-            Verdict::Stack => outcome::STACK,
+            Verdict::Stack | Verdict::HostDevice => outcome::STACK,
             Verdict::Local => outcome::LOCAL,
             Verdict::Remote => outcome::REMOTE,
             Verdict::Answered => outcome::ANSWERED,
