@@ -1,10 +1,12 @@
 //! Random worlds of objects in the model, in the maps and under the programs at once: all three must
 //! say what a plain reference computes from the objects alone. A case is one packet, or one reading
-//! of all maps. What packets may do stands in `packets`, what maps must hold in `maps`.
+//! of all maps. Which packets are sent stands in `probes`, what they may do in `packets`, what maps
+//! must hold in `maps`.
 
 mod maps;
 mod packets;
 mod place;
+mod probes;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,8 +23,9 @@ use weir_agent::{
 use weir_common::{flow::TICKS_PER_SECOND, metrics::outcome};
 
 use self::{
-    packets::{Open, Remembered, Sender},
+    packets::{Open, Remembered},
     place::Places,
+    probes::Sender,
 };
 use crate::{
     bed::{Bed, CLIENT, OTHER, SERVER, with_bed},
@@ -86,7 +89,7 @@ fn run(test: u64) {
             differential.world();
         }
         println!("{} cases: {:#?}", differential.cases, differential.seen);
-        packets::assert_complete(&differential.seen);
+        probes::assert_complete(&differential.seen);
     });
 }
 
@@ -132,7 +135,7 @@ impl<'b> Differential<'b> {
             world,
             remembered: BTreeMap::new(),
             open: Vec::new(),
-            source_port: packets::FIRST_SOURCE_PORT,
+            source_port: probes::FIRST_SOURCE_PORT,
             counted: BTreeMap::new(),
             counters: BTreeMap::new(),
             cases: 0,
@@ -364,7 +367,7 @@ impl<'b> Differential<'b> {
             assert_eq!(self.bed.flows().len(), 0);
         }
         self.open.clear();
-        self.source_port = packets::FIRST_SOURCE_PORT;
+        self.source_port = probes::FIRST_SOURCE_PORT;
         assert_eq!(self.remembered.len(), 0);
     }
 
