@@ -325,17 +325,19 @@ fn find_quoted<F: Family>(ctx: &TcContext, packet: &Packet<F::Address>) -> u32 {
         return 0;
     };
     // SAFETY: the element stays allocated; should it be recycled meanwhile, the tag tells.
-    let (next_hop, tag) = unsafe {
+    let (next_hop, ifindex, tag) = unsafe {
         work.source = (*entry).new_destination;
         work.destination = (*entry).new_source;
         work.source_port = (*entry).new_destination_port;
         work.destination_port = (*entry).new_source_port;
         (
             (*entry).next_hop,
+            (*entry).ifindex,
             access::read_last(&raw const (*entry).tag),
         )
     };
-    if tag != work.quoted.tag() {
+    // A pod tells of its own connections only.
+    if tag != work.quoted.tag() || (ifindex != 0 && ifindex != access::ifindex(ctx)) {
         return 0;
     }
     // Sent by the endpoint itself, it comes from the Service; a router stays what it is.

@@ -203,6 +203,10 @@ fn choose<F: Family>(
             return NOT_TRANSLATED;
         }
         source = F::endpoint_address(pod.row).to_shared();
+        if source.is_zero() {
+            // It has no address of this family, and so no way to an endpoint; zero is the node.
+            return NOT_TRANSLATED;
+        }
     }
     let flags = if loopback {
         address_flag::NODE_PORTS | address_flag::FRONTENDS

@@ -91,7 +91,12 @@ impl Agent {
             Row::Device(ifindex) => self.apply_device(*ifindex),
             Row::Hop(node, family) => self.apply_hop(node, *family),
             Row::Endpoint(key) => self.apply_flags(key),
-            Row::Prefix(prefix) => self.apply_prefix(*prefix),
+            Row::Prefix(prefix) => {
+                self.apply_prefix(*prefix)?;
+                // An address of Services may have become a node's.
+                self.note_service_addresses();
+                Ok(())
+            }
             Row::Service(key) => {
                 let desired = self.model.service(key);
                 let applied = self.datapath.apply_service(key, desired)?;

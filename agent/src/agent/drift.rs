@@ -65,7 +65,7 @@ impl Agent {
             tracing::warn!(endpoint = %key, "{what}; installing it again");
             self.endpoints.suspect(key, what);
         }
-        devices.len() + missing.len() + self.find_host_drift()
+        devices.len() + missing.len() + self.find_host_drift(with_routes)
     }
 
     async fn routes_to_pods(&self) -> Option<HashSet<(IpAddr, u32)>> {

@@ -10,7 +10,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::{Agent, Row};
 use crate::{
-    datapath::{NodeConfig, ServiceAddress},
+    datapath::NodeConfig,
     netlink::{
         Change, NetlinkEvent, Route,
         host_device::{self, HostDevice},
@@ -32,6 +32,8 @@ pub(super) struct Host {
     routes: Option<BTreeMap<IpAddr, Route>>,
     /// Addresses whose routes are to be looked at.
     dirty: BTreeSet<IpAddr>,
+    /// Families whose rule has been entered.
+    rules: BTreeSet<Family>,
     /// Source addresses of the routes.
     sources: Vec<IpAddr>,
 }
@@ -62,16 +64,13 @@ impl Host {
     }
 
     /// The route that an address of Services should have; `None` while there is nothing to lead to.
-    fn route(&self, address: IpAddr, kind: ServiceAddress) -> Option<Route> {
+    fn route(&self, address: IpAddr) -> Option<Route> {
         let device = self.device?;
         let source = self
             .sources
             .iter()
             .find(|source| source.is_ipv4() == address.is_ipv4())?;
-        Some(match kind {
-            ServiceAddress::Own => Route::to_service(address, device.host, *source),
-            ServiceAddress::Shared => Route::to_shared_service(address, device.host, *source),
-        })
+        Some(Route::to_service(address, device.host, *source))
     }
 }
 
@@ -134,22 +133,22 @@ impl Agent {
         if let Some(error) = self.netlink.apply(changes).await.into_iter().next() {
             return Err(error.into());
         }
-        if self.host.device != Some(device) {
-            if let Some(gone) = self.host.device.filter(|gone| gone.net != device.net) {
-                self.datapath.detach(gone.net)?;
-            }
-            self.host.device = Some(device);
-            self.host.forget_routes();
-            self.mark(Row::ServiceRoutes);
+        if self.late.waiting {
+            // The programs of an earlier agent go on, and the routes that lead to them.
+            return Ok(());
         }
-        if !self.late.waiting {
-            self.datapath
-                .attach_host(device.net, host_device::NET_DEVICE)?;
-            self.datapath.attach_host(LOOPBACK, LOOPBACK_NAME)?;
-        }
+        self.datapath
+            .attach_host(device.net, host_device::NET_DEVICE)?;
+        self.datapath.attach_host(LOOPBACK, LOOPBACK_NAME)?;
         if self.config.host_ifindex != device.host {
             self.config.host_ifindex = device.host;
             self.datapath.config_mut().apply(&self.config)?;
+        }
+        // Only now is there something to lead to.
+        if self.host.device != Some(device) {
+            self.host.device = Some(device);
+            self.host.forget_routes();
+            self.mark(Row::ServiceRoutes);
         }
         Ok(())
     }
@@ -176,7 +175,8 @@ impl Agent {
     /// Enters and removes routes to addresses of Services.
     pub(super) async fn apply_service_routes(&mut self) -> anyhow::Result<()> {
         let mut dirty = std::mem::take(&mut self.host.dirty);
-        if self.host.routes.is_none() {
+        let is_first = self.host.routes.is_none();
+        if is_first {
             let own = self.netlink.own_routes().await?;
             let present: BTreeMap<IpAddr, Route> = own
                 .into_iter()
@@ -190,23 +190,14 @@ impl Agent {
             }
             self.host.routes = Some(present);
         }
-        let (mut changes, mut rules) = (Vec::new(), BTreeSet::new());
+        let mut changes = Vec::new();
         let mut after = self.host.routes.take().unwrap_or_default();
         for address in dirty {
-            let kind = self.datapath.ipcache().service_address(address);
-            let wanted = kind.and_then(|kind| self.host.route(address, kind));
-            let family = Family::of(address);
-            let is_shared = wanted.is_some() && kind == Some(ServiceAddress::Shared);
-            if is_shared && rules.insert(family) {
-                changes.push(Change::AddServiceRule(family));
-            }
+            let is_service = self.datapath.ipcache().is_service_address(address);
+            let wanted = self.host.route(address).filter(|_| is_service);
             match (wanted, after.get(&address).copied()) {
                 (Some(wanted), Some(present)) if wanted == present => {}
-                (Some(wanted), present) => {
-                    // Of another table.
-                    if let Some(present) = present.filter(|route| route.metric != wanted.metric) {
-                        changes.push(Change::RemoveRoute(present));
-                    }
+                (Some(wanted), _) => {
                     after.insert(address, wanted);
                     changes.push(Change::ReplaceRoute(wanted));
                 }
@@ -217,9 +208,19 @@ impl Agent {
                 (None, None) => {}
             }
         }
+        for family in [Family::V4, Family::V6] {
+            let is_needed = after.keys().any(|address| Family::of(*address) == family);
+            if is_needed && (is_first || !self.host.rules.contains(&family)) {
+                changes.push(Change::AddServiceRule(family));
+                self.host.rules.insert(family);
+            } else if !is_needed && self.host.rules.remove(&family) {
+                changes.push(Change::RemoveServiceRule(family));
+            }
+        }
         let failures = self.netlink.apply(changes).await;
         if let Some(first) = failures.first() {
             // What stands there now is asked at the next attempt.
+            self.host.rules.clear();
             anyhow::bail!("{} routes failed, the first: {first}", failures.len());
         }
         self.host.routes = Some(after);
@@ -235,9 +236,16 @@ impl Agent {
         }
     }
 
-    /// Marks what somebody has taken away. Gives the number of things missing.
-    pub(super) fn find_host_drift(&mut self) -> usize {
+    /// Marks what somebody has taken away. `with_routes` has the routes, the rules and the state of the
+    /// device looked at again, which is worth it after a change of the network only. Gives the number
+    /// of things missing.
+    pub(super) fn find_host_drift(&mut self, with_routes: bool) -> usize {
         let mut missing = 0;
+        if with_routes {
+            self.host.forget_routes();
+            self.mark(Row::Host);
+            self.mark(Row::ServiceRoutes);
+        }
         let detached = self
             .host
             .programs()

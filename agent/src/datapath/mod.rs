@@ -51,7 +51,7 @@ pub use flows::{FlowSweeper, SweepReport};
 pub use layout::Migration;
 pub use tables::{
     AppliedService, ConfigTable, EndpointRow, EndpointTable, Hop, HopRef, Ipcache, NextHops,
-    NodeConfig, ServiceAddress, Services, TableError,
+    NodeConfig, Services, TableError,
 };
 
 use crate::{

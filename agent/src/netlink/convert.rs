@@ -18,7 +18,7 @@ use netlink_packet_route::{
 
 use super::{
     Address, Change, Link, ROUTE_PROTOCOL, ResolvedRoute, Route, RouteTarget, SERVICE_RULE,
-    SERVICE_TABLE, SHARED_METRIC, connection::Request,
+    SERVICE_TABLE, connection::Request,
 };
 use crate::objects::Family;
 
@@ -305,7 +305,7 @@ fn route_base(route: &Route) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(route.destination.addr());
     message.header.destination_prefix_length = route.destination.prefix_len();
-    message.header.table = if route.metric == SHARED_METRIC {
+    message.header.table = if route.is_to_service() {
         SERVICE_TABLE
     } else {
         RouteHeader::RT_TABLE_MAIN

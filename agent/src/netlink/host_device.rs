@@ -77,10 +77,11 @@ fn side(name: &str, mtu: u32) -> LinkMessage {
 
 /// Switches of both ends. Answers come from Services and from the node itself, which the stack takes
 /// for forged otherwise.
-const SWITCHES: [(&str, &str); 6] = [
+const SWITCHES: [(&str, &str); 7] = [
     ("ipv4/conf/DEV/rp_filter", "0"),
     ("ipv4/conf/DEV/accept_local", "1"),
     ("ipv4/conf/DEV/forwarding", "1"),
+    ("ipv6/conf/DEV/disable_ipv6", "0"),
     ("ipv6/conf/DEV/accept_ra", "0"),
     ("ipv6/conf/DEV/accept_dad", "0"),
     // No link-local address: nobody is to be found there.

@@ -34,10 +34,9 @@ pub const ROUTE_PROTOCOL: u8 = 157;
 pub const ROUTE_METRIC: u32 = 157;
 /// Metric of routes to addresses of Services.
 pub const SERVICE_METRIC: u32 = 158;
-/// Metric of routes to addresses that Services share with others (external addresses). They stand in
-/// [`SERVICE_TABLE`].
-pub const SHARED_METRIC: u32 = 159;
-/// Routing table that a rule of Weir's asks first, for what this node's own processes send only.
+/// Routing table of these routes. A rule of Weir's asks it first, for what this node's own processes
+/// send: what the node only forwards is never led to its own device, and what comes from there is not
+/// led back.
 pub const SERVICE_TABLE: u8 = 157;
 /// Priority of that rule: after the table of local addresses (0), before the main table (32766).
 pub const SERVICE_RULE: u32 = 157;
@@ -152,15 +151,6 @@ impl Route {
         }
     }
 
-    /// An address that Services share with others, to the node's own device: only for what the node's
-    /// processes send, so that what no Service serves can be sent on.
-    pub fn to_shared_service(address: IpAddr, ifindex: u32, source: IpAddr) -> Self {
-        Self {
-            metric: SHARED_METRIC,
-            ..Self::to_service(address, ifindex, source)
-        }
-    }
-
     /// Through a gateway.
     pub fn via(destination: IpNet, ifindex: u32, gateway: IpAddr) -> Self {
         Self {
@@ -186,7 +176,7 @@ impl Route {
 
     /// Whether it leads to an address of Services.
     pub fn is_to_service(&self) -> bool {
-        matches!(self.metric, SERVICE_METRIC | SHARED_METRIC)
+        self.metric == SERVICE_METRIC
     }
 
     /// Whether it is one that [`pod::install`] makes.

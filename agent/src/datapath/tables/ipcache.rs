@@ -36,25 +36,9 @@ pub struct Ipcache {
     service_addresses: BTreeSet<IpAddr>,
 }
 
-/// What an address that only Services have is to them.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum ServiceAddress {
-    /// Theirs alone: what no Service serves there is refused.
-    Own,
-    /// Perhaps somebody else's beyond this node: what no Service serves goes there.
-    Shared,
-}
-
-impl ServiceAddress {
-    fn of(entry: IpcacheEntry) -> Option<Self> {
-        if entry.class != class::SERVICE || entry.flags & flag::FRONTENDS == 0 {
-            None
-        } else if entry.flags & flag::REFUSE != 0 {
-            Some(Self::Own)
-        } else {
-            Some(Self::Shared)
-        }
-    }
+/// Whether an entry is that of an address that Services serve and no node has.
+fn is_service(entry: Option<IpcacheEntry>) -> bool {
+    entry.is_some_and(|entry| entry.class == class::SERVICE && entry.flags & flag::FRONTENDS != 0)
 }
 
 /// What is known of one prefix.
@@ -324,19 +308,17 @@ impl Ipcache {
         failed.map_or(Ok(removed), Err)
     }
 
-    /// What an address is to Services that serve it; `None` if it is a node's too, or nobody's.
+    /// Whether Services serve an address that no node has.
     #[must_use]
-    pub fn service_address(&self, address: IpAddr) -> Option<ServiceAddress> {
-        let row = self.rows.get(&IpNet::from(address))?;
-        row.written.and_then(ServiceAddress::of)
+    pub fn is_service_address(&self, address: IpAddr) -> bool {
+        let row = self.rows.get(&IpNet::from(address));
+        is_service(row.and_then(|row| row.written))
     }
 
     /// All such addresses.
     pub fn service_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        self.rows.iter().filter_map(|(prefix, row)| {
-            row.written.and_then(ServiceAddress::of)?;
-            Some(prefix.addr())
-        })
+        let rows = self.rows.iter().filter(|(_, row)| is_service(row.written));
+        rows.map(|(prefix, _)| prefix.addr())
     }
 
     /// The addresses that have become such, or are no longer, since the last call.
@@ -401,7 +383,7 @@ impl Ipcache {
                     }
                 },
             }
-            if row.written.and_then(ServiceAddress::of) != wanted.and_then(ServiceAddress::of) {
+            if is_service(row.written) != is_service(wanted) {
                 self.service_addresses.insert(prefix.addr());
             }
             row.written = wanted;

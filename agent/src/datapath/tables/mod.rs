@@ -20,7 +20,7 @@ use aya::{Pod, maps::MapError};
 
 pub use config::{ConfigTable, NodeConfig, usable_addresses};
 pub use endpoints::{EndpointRow, EndpointTable};
-pub use ipcache::{Ipcache, ServiceAddress};
+pub use ipcache::Ipcache;
 pub use next_hops::{Hop, HopRef, NextHops};
 pub use services::{AffinityTable, AppliedService, Services};
 

@@ -132,7 +132,8 @@ impl Differential<'_> {
             return self.refused(probe, DropReason::NoServicePort, "unknown port");
         }
         let (packet, _, ifindex) = self.packet(probe);
-        if probe.sender == Sender::Node && ifindex != LOOPBACK {
+        let is_served = self.places.is_served(reference, probe.address);
+        if probe.sender == Sender::Node && ifindex != LOOPBACK && !is_served {
             let what = "the route of a Service that is gone";
             return self.refused(probe, DropReason::NoServicePort, what);
         }

@@ -143,6 +143,13 @@ impl Places {
         addresses.filter(|a| self.is_this_node(*a)).collect()
     }
 
+    /// Whether some port of an address is a Service's.
+    pub fn is_served(&self, reference: &Reference, address: IpAddr) -> bool {
+        let ports = reference.services.values();
+        let mut frontends = ports.flat_map(|port| &port.frontends);
+        frontends.any(|frontend| frontend.address == Some(address))
+    }
+
     /// Whether a port that nobody serves is refused at an address: at a ClusterIP, and at a
     /// LoadBalancer address that is no node's.
     pub fn is_refused(&self, reference: &Reference, address: IpAddr) -> bool {
@@ -164,10 +171,18 @@ impl Places {
 
     /// The bits that frontends at their own address add to its row.
     pub fn flags_of_frontends(&self, reference: &Reference, address: IpAddr) -> u8 {
+        let ports = reference.services.values();
+        let mut frontends = ports.flat_map(|port| &port.frontends);
+        let is_cluster_ip = frontends.any(|frontend| {
+            frontend.address == Some(address) && frontend.kind == FrontendKind::ClusterIp
+        });
+        let mut flags = flag::FRONTENDS;
         if self.is_refused(reference, address) {
-            flag::FRONTENDS | flag::REFUSE
-        } else {
-            flag::FRONTENDS
+            flags |= flag::REFUSE;
         }
+        if is_cluster_ip {
+            flags |= flag::CLUSTER_IP;
+        }
+        flags
     }
 }
