@@ -120,6 +120,9 @@ impl TryFrom<core::Service> for Service {
                     unicast_address(field, &text)
                 })?,
                 load_balancer_ips: load_balancer_ips(ingress)?,
+                has_source_ranges: spec
+                    .load_balancer_source_ranges
+                    .is_some_and(|ranges| !ranges.is_empty()),
                 internal_policy: traffic_policy(
                     "spec.internalTrafficPolicy",
                     spec.internal_traffic_policy.as_deref(),

@@ -333,6 +333,11 @@ impl Services {
         }
         let others = claims::of_missing_families(service, &self.options);
         problems.extend(others.into_iter().map(|a| Problem::other_family(owner, a)));
+        let is_balanced = ports.values().flat_map(|port| &port.frontends);
+        let mut is_balanced = is_balanced.map(|frontend| frontend.kind);
+        if service.has_source_ranges && is_balanced.any(|kind| kind == FrontendKind::LoadBalancer) {
+            problems.push(Problem::source_ranges(owner));
+        }
         (ports, problems)
     }
 

@@ -109,6 +109,17 @@ impl Problem {
         }
     }
 
+    /// Ranges of clients that are not looked at.
+    pub(super) fn source_ranges(owner: &Owner) -> Self {
+        Self {
+            owner: owner.clone(),
+            text: "loadBalancerSourceRanges are not enforced for pods and processes of the nodes: \
+                   its load balancer addresses serve all of them; restrict them by other means, \
+                   or exclude the Service (exclude-services)"
+                .to_owned(),
+        }
+    }
+
     /// SCTP with a port that would have to be changed: its checksum covers the whole packet. One
     /// for each port number of the frontends.
     pub(super) fn changed_sctp_ports(key: &ServicePortKey, port: &ServicePort) -> Vec<Self> {

@@ -154,6 +154,7 @@ impl Random {
             cluster_ips: self.some(2, Self::address),
             external_ips: self.some(1, Self::address),
             load_balancer_ips: self.some(1, Self::address),
+            has_source_ranges: false,
             internal_policy: self.policy(),
             external_policy: self.policy(),
             affinity: self.pick(&[None, None, Some(10_800), Some(1)]),
