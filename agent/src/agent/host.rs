@@ -146,6 +146,9 @@ impl Agent {
         }
         // Only now is there something to lead to.
         if self.host.device != Some(device) {
+            if let Some(gone) = self.host.device.filter(|gone| gone.net != device.net) {
+                self.datapath.detach(gone.net)?;
+            }
             self.host.device = Some(device);
             self.host.forget_routes();
             self.mark(Row::ServiceRoutes);
