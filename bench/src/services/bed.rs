@@ -4,7 +4,6 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
-    path::PathBuf,
     process::Command,
     sync::Arc,
     time::{Duration, Instant},
@@ -19,7 +18,6 @@ use weir_tests::{
 };
 
 use super::{
-    cgroup::{Cgroup, Inside},
     rules::{self, Service},
     traffic::Server,
 };
@@ -76,7 +74,6 @@ pub struct Bed {
     /// The endpoints' own addresses.
     pub own: [SocketAddr; 2],
     services: u32,
-    cgroup: Option<Cgroup>,
     // Dropped after the server: its namespaces are the cluster's.
     cluster: Cluster,
 }
@@ -91,10 +88,9 @@ impl Bed {
         let builder = Cluster::builder("bench-services")
             .nodes(1)
             .families(Families::V4);
-        let mut cgroup = None;
         let (cluster, pods) = match kind {
             Kind::WeirSocket | Kind::WeirTc => {
-                let arguments = weir_arguments(kind, &mut cgroup)?;
+                let arguments = weir_arguments(kind);
                 let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
                 let cluster = builder.agent_arguments(&arguments).start()?;
                 let pods = ["client", "a", "b"].map(|name| cluster.pod("node1", name));
@@ -134,7 +130,6 @@ impl Bed {
             clients: [node, client],
             own: addresses.map(|address| SocketAddr::new(address, OWN_PORT)),
             services: 0,
-            cgroup,
             cluster,
         })
     }
@@ -176,15 +171,6 @@ impl Bed {
         }
         self.services = count;
         Ok(begin.elapsed())
-    }
-
-    /// Lets this process's `connect()` be seen by the programs of this bed.
-    ///
-    /// # Errors
-    ///
-    /// As [`Cgroup::enter`].
-    pub fn enter(&self) -> Result<Option<Inside>> {
-        self.cgroup.as_ref().map(Cgroup::enter).transpose()
     }
 
     /// Requires that connections were translated where this kind of bed is to do it: the flow
@@ -266,25 +252,17 @@ impl Bed {
     }
 }
 
-/// Settings of an agent; makes the cgroup that it needs.
-fn weir_arguments(kind: Kind, cgroup: &mut Option<Cgroup>) -> Result<Vec<String>> {
+/// Settings of an agent. (Threads in the namespaces of a node and its pods are in its cgroup.)
+fn weir_arguments(kind: Kind) -> Vec<String> {
     let mut arguments = ["--log", "info", "--services-max", "65536"]
         .map(str::to_owned)
         .to_vec();
     arguments.extend(["--backends-max", "131072"].map(str::to_owned));
     if socket_translation_exists() {
         let socket = kind == Kind::WeirSocket;
-        let folder = Cgroup::create()?;
-        let path: &PathBuf = &folder.path;
-        arguments.extend([
-            "--cgroup-root".to_owned(),
-            path.to_string_lossy().into_owned(),
-            format!("--{SOCKET_SETTING}"),
-            socket.to_string(),
-        ]);
-        *cgroup = Some(folder);
+        arguments.extend([format!("--{SOCKET_SETTING}"), socket.to_string()]);
     }
-    Ok(arguments)
+    arguments
 }
 
 fn collect<T>(items: [Result<T>; 3]) -> Result<[T; 3]> {

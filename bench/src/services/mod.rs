@@ -2,7 +2,6 @@
 //! endpoints' own addresses and beside kube-proxy's rules, all in one run.
 
 mod bed;
-mod cgroup;
 mod rules;
 mod traffic;
 
@@ -220,7 +219,6 @@ fn measure(
                 contender.name, plan.counts[at], from
             )
         };
-        let inside = bed.enter()?;
         if round == 0
             && let Err(error) = probe(&bed.clients[client], bed.frontend())
         {
@@ -250,7 +248,6 @@ fn measure(
         series.own.push(if weir { base.rate } else { own()? });
         series.through.push(service);
         series.base.push(base);
-        drop(inside);
         if let Some(one) = &contender.one_service {
             let ratio = ratio_to(one, bed, client, plan.time);
             series
@@ -268,7 +265,6 @@ fn measure(
 /// Connections per second through the Service at `bed`, times that at `one`.
 fn ratio_to(one: &Bed, bed: &Bed, client: usize, time: Duration) -> Result<f64> {
     let rate = |bed: &Bed| -> Result<f64> {
-        let _inside = bed.enter()?;
         connection_rate(&bed.clients[client], &bed.server, &[bed.frontend()], time)
     };
     Ok(rate(bed)? / rate(one)?)
