@@ -10,7 +10,7 @@ use weir_common::metrics::Hook;
 use super::start::datapath_options;
 use crate::{
     datapath::{Datapath, expedite::Expedite},
-    netlink::{Change, Netlink, RouteTarget, host_device::HOST_DEVICE, sysctl::Sysctls},
+    netlink::{Change, Netlink, RouteTarget, host_device, sysctl::Sysctls},
     objects::Family,
     settings::Settings,
 };
@@ -108,8 +108,9 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
         Err(error) => errors.push(error.to_string()),
     }
     if let Ok(links) = netlink.links().await {
-        for link in links.iter().filter(|link| link.name == HOST_DEVICE) {
-            match netlink.remove_link(link.ifindex).await {
+        // A device of somebody else's that only has the name stays.
+        if let Some(device) = host_device::find(&links) {
+            match netlink.remove_link(device.host).await {
                 Ok(()) => tell("removed the devices weir-host and weir-net"),
                 Err(error) => errors.push(error.to_string()),
             }

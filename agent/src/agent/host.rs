@@ -216,7 +216,10 @@ impl Agent {
             if is_needed && (is_first || !self.host.rules.contains(&family)) {
                 changes.push(Change::AddServiceRule(family));
                 self.host.rules.insert(family);
-            } else if !is_needed && self.host.rules.remove(&family) {
+            } else if !is_needed
+                // An earlier agent may have left it.
+                && (self.host.rules.remove(&family) || (is_first && self.swept))
+            {
                 changes.push(Change::RemoveServiceRule(family));
             }
         }
