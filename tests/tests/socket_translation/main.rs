@@ -5,4 +5,5 @@ mod calls;
 mod lasting;
 mod node_ports;
 mod opt_out;
+mod sizes;
 mod support;

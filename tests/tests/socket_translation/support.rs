@@ -32,8 +32,8 @@ pub struct Setup {
     pub cluster: Cluster,
     /// A pod on node1.
     pub client: Pod,
-    /// Names of the endpoints.
-    pub names: Vec<String>,
+    /// The endpoints: `here` on node1 and `far` on node2.
+    pub endpoints: Vec<Pod>,
     _servers: Vec<Server>,
 }
 
@@ -66,7 +66,7 @@ impl Setup {
         Ok(Self {
             cluster,
             client,
-            names: pods.into_iter().map(|pod| pod.name).collect(),
+            endpoints: pods,
             _servers: servers,
         })
     }
@@ -83,8 +83,8 @@ impl Setup {
     /// Requires that one of the endpoints has answered.
     #[track_caller]
     pub fn is_endpoint(&self, name: &str) {
-        let known = self.names.iter().any(|endpoint| endpoint == name);
-        assert!(known, "{name:?} is not one of {:?}", self.names);
+        let mut known = self.endpoints.iter().map(|pod| &pod.name);
+        assert!(known.any(|known| known == name), "{name:?} is no endpoint");
     }
 }
 
