@@ -171,11 +171,19 @@ pub fn to_stack<F: Family>(
     }
     packet.rewrite.write::<F>(ctx, packet)?;
     packet.rewrite.fix_checksum::<F>(ctx, packet)?;
-    let ifindex = local::config()?.host_ifindex;
-    if !matches!(hook, Hook::FromPod | Hook::FromNetdev)
-        || packet.rewrite.flags & flag::REPLY == 0
-        || ifindex == 0
+    if !matches!(hook, Hook::FromPod | Hook::FromNetdev) || packet.rewrite.flags & flag::REPLY == 0
     {
+        return Ok(Verdict::STACK);
+    }
+    as_received_by_host(ctx)
+}
+
+/// Hands the packet, which comes from a Service by its source, to the stack as received by the node's own
+/// device.
+#[inline(always)]
+pub fn as_received_by_host(ctx: &TcContext) -> Result<Verdict, DropReason> {
+    let ifindex = local::config()?.host_ifindex;
+    if ifindex == 0 {
         return Ok(Verdict::STACK);
     }
     write_macs(ctx, [HOST_DEVICE_MAC; 2])?;

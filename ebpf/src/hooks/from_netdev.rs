@@ -57,8 +57,8 @@ fn to_node<F: Family>(
         return deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, hop);
     }
     decide::check_outside_source::<F>(config, packet.key.source)?;
-    if has_flows && icmp::is_error(packet) {
-        icmp::translate_error::<F>(ctx, packet)?;
+    if has_flows && icmp::is_error(packet) && icmp::translate_error::<F>(ctx, packet)?.is_some() {
+        return deliver::as_received_by_host(ctx);
     }
     Ok(Verdict::STACK)
 }

@@ -1,7 +1,7 @@
 //! All that leaves a pod: source check, flow table, else decide and commit, then deliver.
 
 use aya_ebpf::programs::TcContext;
-use weir_common::{DropReason, endpoint::HOST_MAC_PREFIX, flow::scope, metrics::Hook};
+use weir_common::{DropReason, endpoint::HOST_MAC_PREFIX, flow::scope, metrics::Hook, next_hop};
 
 use super::{Kind, read_frame};
 use crate::{
@@ -83,7 +83,15 @@ fn forward<F: Family>(
     let hop = match found {
         Some(hop) => hop,
         None if has_flows && icmp::is_error(packet) => {
-            Hop::find(next_hop_of_error::<F>(ctx, sender, packet)?)?
+            // Perhaps about a packet that the pod got through a Service.
+            match icmp::translate_error::<F>(ctx, packet)? {
+                Some(next_hop::HOST) => return deliver::as_received_by_host(ctx),
+                Some(next_hop) => Hop::find(next_hop)?,
+                None => {
+                    decide::for_sender::<F>(sender.number, true)?;
+                    Hop::find(scratch::decision::<F>()?.decision.next_hop)?
+                }
+            }
         }
         None => match decide_and_commit::<F>(ctx, sender, packet, ports_known, has_flows) {
             Ok(next_hop) => Hop::find(next_hop)?,
@@ -111,20 +119,5 @@ fn decide_and_commit<F: Family>(
         flow::commit::<F>(ctx, Hook::FromPod, sender.number)?;
         packet.rewrite.copy_from(&scratch::decision::<F>()?.forward);
     }
-    Ok(scratch::decision::<F>()?.decision.next_hop)
-}
-
-/// An ICMP error that a pod sends, perhaps about a packet it got through a Service. Gives its next
-/// hop; it is translated already.
-#[inline(always)]
-fn next_hop_of_error<F: Family>(
-    ctx: &TcContext,
-    sender: Local,
-    packet: &Packet<F::Address>,
-) -> Result<u32, DropReason> {
-    if let Some(next_hop) = icmp::translate_error::<F>(ctx, packet)? {
-        return Ok(next_hop);
-    }
-    decide::for_sender::<F>(sender.number, true)?;
     Ok(scratch::decision::<F>()?.decision.next_hop)
 }

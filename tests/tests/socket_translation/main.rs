@@ -2,6 +2,7 @@
 //! left out, and what becomes of it when the agent does not run or is told otherwise.
 
 mod calls;
+mod errors;
 mod lasting;
 mod node_ports;
 mod opt_out;

@@ -34,7 +34,7 @@ pub struct Setup {
     pub client: Pod,
     /// The endpoints: `here` on node1 and `far` on node2.
     pub endpoints: Vec<Pod>,
-    _servers: Vec<Server>,
+    servers: Vec<Server>,
 }
 
 impl Setup {
@@ -67,8 +67,13 @@ impl Setup {
             cluster,
             client,
             endpoints: pods,
-            _servers: servers,
+            servers,
         })
+    }
+
+    /// The endpoints stay, and nobody listens there any more.
+    pub fn stop_servers(&mut self) {
+        self.servers.clear();
     }
 
     pub fn node(&self) -> &Node {
