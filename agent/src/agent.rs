@@ -142,12 +142,15 @@ impl Notes {
     }
 }
 
-/// After pinned maps had to be made anew, programs of an earlier agent go on with the old ones
-/// until they are replaced; they are replaced when the new maps hold everything.
+/// Programs that are attached when the maps hold everything, and not before.
 #[derive(Debug, Default)]
 struct Late {
-    /// Not yet.
+    /// All of them: after pinned maps had to be made anew, those of an earlier agent go on with the
+    /// old ones until they are replaced.
     waiting: bool,
+    /// Those that serve the node's own processes: until somebody else's Services are all known here, he
+    /// goes on serving them (kube-proxy, at the first start).
+    host: bool,
     /// Devices of pods, by interface index.
     pods: BTreeMap<u32, String>,
 }

@@ -19,7 +19,7 @@ pub const NEXT_HOPS_MAX: u32 = 8192;
 pub const SERVICE_PORTS_DEFAULT: u32 = 65_536;
 
 /// Default entries of `FRONTENDS_V4` and `_V6` (allocated as they are used).
-pub const FRONTENDS_DEFAULT: u32 = 131_072;
+pub const FRONTENDS_DEFAULT: u32 = 262_144;
 
 /// Default rows of `BACKENDS`.
 pub const BACKENDS_DEFAULT: u32 = 131_072;

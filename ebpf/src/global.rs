@@ -58,13 +58,13 @@ pub extern "C" fn reply_tuple_is_taken_v6() -> u32 {
 /// See [`refuse::refuse`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn refuse_v4(skb: *mut __sk_buff, hook: u32, reason: u32) -> u32 {
-    refuse::refuse::<V4>(&TcContext::new(skb), hook, reason)
+pub extern "C" fn refuse_v4(skb: *mut __sk_buff, sender: u32, reason: u32) -> u32 {
+    refuse::refuse::<V4>(&TcContext::new(skb), sender, reason)
 }
 
 /// See [`refuse::refuse`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn refuse_v6(skb: *mut __sk_buff, hook: u32, reason: u32) -> u32 {
-    refuse::refuse::<V6>(&TcContext::new(skb), hook, reason)
+pub extern "C" fn refuse_v6(skb: *mut __sk_buff, sender: u32, reason: u32) -> u32 {
+    refuse::refuse::<V6>(&TcContext::new(skb), sender, reason)
 }

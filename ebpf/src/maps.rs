@@ -112,9 +112,10 @@ pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::AFFINITY_DEFAUL
 pub static AFFINITY_TIMEOUTS: Array<u32, { limits::SERVICE_PORTS_DEFAULT as usize }, MMAPABLE> =
     Array::new();
 
-/// When the next refusal may be sent (nanoseconds of `CLOCK_MONOTONIC`), of those in sight.
+/// When the next refusal is due (nanoseconds of `CLOCK_MONOTONIC`), by number of the endpoint that is
+/// refused; 0 is the node.
 #[btf_map]
-pub static REFUSALS: Array<u64, 1> = Array::new();
+pub static REFUSALS: Array<u64, { limits::ENDPOINTS_MAX as usize }> = Array::new();
 
 /// What sockets remember of their translation.
 #[btf_map]

@@ -1,6 +1,6 @@
 //! Refusals: what is sent to a Service without endpoints, or to a port that no Service has, is
 //! answered at once, TCP with a reset, the rest with ICMP port unreachable, so that clients need
-//! not wait for their time-outs. Answers are limited for the whole node; what exceeds the limit is
+//! not wait for their time-outs. Answers to each sender are limited; what exceeds the limit is
 //! dropped only.
 
 use aya_ebpf::{
@@ -17,7 +17,7 @@ use weir_common::{
 
 use crate::{
     access::{self, ETHERNET},
-    answer, event,
+    answer, decide, event,
     family::Family,
     icmp, local, maps,
     packet::Packet,
@@ -31,40 +31,37 @@ const SECOND: u64 = 1_000_000_000;
 /// Bytes of a TCP header without options.
 const TCP: u32 = 20;
 
-/// Drops the packet for `reason`, and refuses it if it is of the kind that is refused.
+/// Drops the packet of `sender`, a pod or [`decide::NODE`], for `reason`, and refuses it if it is of the
+/// kind that is refused.
 #[inline(always)]
 pub fn or_drop<F: Family>(
     ctx: &TcContext,
-    hook: Hook,
+    sender: u32,
     reason: DropReason,
 ) -> Result<Verdict, DropReason> {
     if !matches!(reason, DropReason::NoBackend | DropReason::NoServicePort) {
         return Err(reason);
     }
-    Ok(Verdict::from_word(F::refuse(
-        ctx,
-        hook as u32,
-        reason as u32,
-    )))
+    Ok(Verdict::from_word(F::refuse(ctx, sender, reason as u32)))
 }
 
 /// The body of [`Family::refuse`]: gives the word of the verdict.
 #[inline(always)]
-pub fn refuse<F: Family>(ctx: &TcContext, hook: u32, reason: u32) -> u32 {
-    let hook = if hook == Hook::FromPod as u32 {
-        Hook::FromPod
-    } else {
-        Hook::FromHost
-    };
-    Verdict::of(try_refuse::<F>(ctx, hook, DropReason::of_kernel(reason))).word()
+pub fn refuse<F: Family>(ctx: &TcContext, sender: u32, reason: u32) -> u32 {
+    Verdict::of(try_refuse::<F>(ctx, sender, DropReason::of_kernel(reason))).word()
 }
 
 #[inline(always)]
 fn try_refuse<F: Family>(
     ctx: &TcContext,
-    hook: Hook,
+    sender: u32,
     reason: DropReason,
 ) -> Result<Verdict, DropReason> {
+    let hook = if sender == decide::NODE {
+        Hook::FromHost
+    } else {
+        Hook::FromPod
+    };
     let packet = scratch::packet::<F>()?;
     let is_tcp = packet.key.protocol == protocol::TCP;
     let has_ports = is_tcp || matches!(packet.key.protocol, protocol::UDP | protocol::SCTP);
@@ -72,7 +69,7 @@ fn try_refuse<F: Family>(
     if !has_ports || unanswerable {
         return Err(reason);
     }
-    if !may_answer() {
+    if !may_answer(sender) {
         verdict::count(hook, outcome::REFUSAL_LIMITED, 0);
         return Err(reason);
     }
@@ -90,7 +87,7 @@ fn try_refuse<F: Family>(
 /// Whether one more answer is within the limit (the generic cell rate algorithm). Processors that
 /// ask at the same instant may get one answer more.
 #[inline(always)]
-fn may_answer() -> bool {
+fn may_answer(sender: u32) -> bool {
     let Ok(config) = local::config() else {
         return false;
     };
@@ -98,7 +95,7 @@ fn may_answer() -> bool {
     if rate == 0 {
         return true;
     }
-    let Some(place) = maps::REFUSALS.get_ptr_mut(0) else {
+    let Some(place) = maps::REFUSALS.get_ptr_mut(sender) else {
         return false;
     };
     // SAFETY: no preconditions; an aligned word of an array.

@@ -274,6 +274,10 @@ impl Agent {
 
     /// The new maps hold everything: now the programs of an earlier agent give way.
     fn attach_late(&mut self) -> anyhow::Result<()> {
+        if std::mem::take(&mut self.late.host) {
+            self.mark(Row::Host);
+            self.mark(Row::Sockets);
+        }
         if !self.late.waiting {
             return Ok(());
         }
@@ -285,8 +289,6 @@ impl Agent {
             self.late.pods.pop_first();
         }
         self.late.waiting = false;
-        self.mark(Row::Host);
-        self.mark(Row::Sockets);
         Ok(())
     }
 }

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Interface index of the loopback device, in every network namespace.
-const LOOPBACK: u32 = 1;
+pub(super) const LOOPBACK: u32 = 1;
 const LOOPBACK_NAME: &str = "lo";
 /// MTU of the node's own device before that of the node's devices is known.
 const MTU: u32 = 1500;
@@ -133,8 +133,8 @@ impl Agent {
         if let Some(error) = self.netlink.apply(changes).await.into_iter().next() {
             return Err(error.into());
         }
-        if self.late.waiting {
-            // The programs of an earlier agent go on, and the routes that lead to them.
+        if self.late.host {
+            // What serves the node until now goes on, and routes of an earlier agent.
             return Ok(());
         }
         self.datapath
@@ -160,7 +160,7 @@ impl Agent {
     pub(super) fn apply_sockets(&mut self) -> anyhow::Result<()> {
         if !self.settings.socket_translation {
             self.datapath.detach_sockets()?;
-        } else if !self.late.waiting {
+        } else if !self.late.host {
             self.datapath.attach_sockets(&self.settings.cgroup_root)?;
         }
         Ok(())
@@ -247,6 +247,9 @@ impl Agent {
     /// of things missing.
     pub(super) fn find_host_drift(&mut self, with_routes: bool) -> usize {
         let mut missing = 0;
+        if self.late.host {
+            return missing;
+        }
         if with_routes {
             self.host.forget_routes();
             self.mark(Row::Host);

@@ -15,7 +15,7 @@ use weir_common::{
     metrics::{HOOKS, outcome},
 };
 
-use super::{Agent, Late, Row};
+use super::{Agent, Late, Row, host};
 use crate::{
     datapath::{Datapath, DatapathOptions},
     endpoint::boot_seconds,
@@ -168,8 +168,10 @@ pub(super) fn late(datapath: &Datapath) -> Late {
             "a pinned map did not fit this version or its settings and was made anew"
         );
     }
+    let waiting = !datapath.migrations().is_empty();
     Late {
-        waiting: !datapath.migrations().is_empty(),
+        waiting,
+        host: waiting || !datapath.is_host_attached(host::LOOPBACK),
         ..Late::default()
     }
 }

@@ -32,10 +32,17 @@ pub struct MapShape {
     pub flags: u32,
 }
 
+/// Frontends of one family that there is room for, for each Service port: a load balancer's has one for its
+/// ClusterIP, and one each for pods and others at its NodePort and its external addresses. A place
+/// that is not used costs a pointer.
+const FRONTENDS_PER_SERVICE_PORT: u32 = 4;
+
 /// The maps whose size is an option, with that size.
 pub fn sizes(options: &DatapathOptions) -> Vec<(&'static str, u32)> {
     let flows = options.connections.saturating_mul(2);
-    let frontends = options.services_max.saturating_mul(2);
+    let frontends = options
+        .services_max
+        .saturating_mul(FRONTENDS_PER_SERVICE_PORT);
     vec![
         ("FLOWS_V4", flows),
         ("FLOWS_V6", flows),

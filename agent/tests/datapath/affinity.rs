@@ -17,9 +17,13 @@ use weir_common::{
 use crate::support::{BpfFs, FAMILIES, ReadOnly, key, port};
 
 fn with_affinity(family: Family, seconds: Option<u32>) -> ServicePort {
+    with_affinity_at(family, 1, seconds)
+}
+
+fn with_affinity_at(family: Family, service: u32, seconds: Option<u32>) -> ServicePort {
     ServicePort {
         affinity: seconds,
-        ..port(family, 1, 1..=3)
+        ..port(family, service, 1..=3)
     }
 }
 
@@ -91,9 +95,12 @@ fn the_time_stands_before_the_word_and_goes_after_it() {
         apply(&mut datapath, Some(60)).unwrap();
         assert_eq!(fs.affinity_timeout(applied.number), 60);
 
-        // Switched off: first the word, then what is remembered.
+        // Switched off: first the word, then the time.
+        let other = crate::support::key(family, 2);
+        let others = with_affinity_at(family, 2, Some(60));
+        let other = datapath.apply_service(&other, Some(&others)).unwrap();
         remember(&fs, applied.number, 7, 0);
-        remember(&fs, applied.number + 1, 7, 0);
+        remember(&fs, other.number, 7, 0);
         let refused = ReadOnly::new(&fs, "AFFINITY_TIMEOUTS");
         apply(&mut datapath, None).unwrap_err();
         assert_eq!(
@@ -101,13 +108,20 @@ fn the_time_stands_before_the_word_and_goes_after_it() {
             (60, flag::IN_USE)
         );
         drop(refused);
-        let refused = ReadOnly::new(&fs, "AFFINITY");
-        apply(&mut datapath, None).unwrap_err();
-        assert_eq!(remembered(&fs).len(), 2);
-        drop(refused);
         apply(&mut datapath, None).unwrap();
         assert_eq!(fs.affinity_timeout(applied.number), 0);
-        assert_eq!(remembered(&fs), [(applied.number + 1, 7)], "others stay");
+
+        // Switched on again it knows nobody: what cannot be forgotten keeps it off.
+        let refused = ReadOnly::new(&fs, "AFFINITY");
+        apply(&mut datapath, Some(60)).unwrap_err();
+        assert_eq!(
+            (fs.affinity_timeout(applied.number), flags()),
+            (0, flag::IN_USE)
+        );
+        drop(refused);
+        apply(&mut datapath, Some(60)).unwrap();
+        assert_eq!(flags(), flag::IN_USE | flag::AFFINITY);
+        assert_eq!(remembered(&fs), [(other.number, 7)], "others stay");
     }
 }
 
@@ -128,6 +142,11 @@ fn both_sets_have_it() {
     }
 }
 
+/// A sweep of the whole table at the time that entries were made.
+fn sweep(datapath: &mut Datapath) -> u32 {
+    datapath.sweep_affinity_at(0, u32::MAX).unwrap()
+}
+
 #[test]
 fn nothing_is_remembered_of_a_port_that_is_gone() {
     let fs = BpfFs::new();
@@ -137,7 +156,6 @@ fn nothing_is_remembered_of_a_port_that_is_gone() {
     for restart in [false, true] {
         let applied = datapath.apply_service(&key, Some(&desired)).unwrap();
         remember(&fs, applied.number, 1, 0);
-        remember(&fs, 999, 1, 0);
         if restart {
             drop(datapath);
             datapath = fs.open();
@@ -145,9 +163,39 @@ fn nothing_is_remembered_of_a_port_that_is_gone() {
         } else {
             datapath.apply_service(&key, None).unwrap();
         }
-        assert_eq!(remembered(&fs), [(999, 1)]);
         assert_eq!(fs.affinity_timeout(applied.number), 0);
+        assert_eq!(sweep(&mut datapath), 1);
+        assert_eq!(remembered(&fs), []);
     }
+}
+
+#[test]
+fn many_ports_that_lose_it_cost_no_walk_and_those_that_get_it_again_one() {
+    const PORTS: u32 = 50;
+    let fs = BpfFs::new();
+    let mut datapath = fs.open();
+    let mut apply = |service, seconds| {
+        let desired = with_affinity_at(Family::V4, service, seconds);
+        datapath
+            .apply_service(&key(Family::V4, service), Some(&desired))
+            .map(|applied| applied.number)
+    };
+    for service in 1..=PORTS {
+        let number = apply(service, Some(60)).unwrap();
+        remember(&fs, number, 1, 0);
+    }
+    let refused = ReadOnly::new(&fs, "AFFINITY");
+    for service in 1..=PORTS {
+        apply(service, None).unwrap();
+    }
+    drop(refused);
+    apply(1, Some(60)).unwrap();
+    assert_eq!(remembered(&fs), []);
+    let refused = ReadOnly::new(&fs, "AFFINITY");
+    for service in 2..=PORTS {
+        apply(service, Some(60)).unwrap();
+    }
+    drop(refused);
 }
 
 #[test]
@@ -175,7 +223,14 @@ fn a_restart_keeps_it() {
         .apply_service(&key(Family::V4, 1), Some(&with_affinity(Family::V4, None)))
         .unwrap();
     assert_eq!(fs.state(before.number).flags(), flag::IN_USE);
-    assert!(remembered(&fs).is_empty());
+    // And on again by one that never knew that it had been on.
+    drop(datapath);
+    let mut datapath = fs.open();
+    datapath
+        .apply_service(&key(Family::V4, 1), Some(&desired))
+        .unwrap();
+    assert_eq!(fs.state(before.number), word);
+    assert_eq!(remembered(&fs), []);
 }
 
 #[test]
@@ -197,7 +252,8 @@ fn what_is_older_than_its_time_is_swept_a_piece_at_a_time() {
         let then = now.wrapping_sub(seconds * TICKS_PER_SECOND);
         remember(&fs, applied.number, client, then);
     }
-    assert_eq!(datapath.sweep_affinity_at(now, 1000).unwrap(), 3);
+    // (What stood there before the first Service had affinity went then.)
+    assert_eq!(datapath.sweep_affinity_at(now, 1000).unwrap(), 2);
     let left = [(applied.number, 1), (applied.number, 2)];
     assert_eq!(remembered(&fs), left);
     let fill = datapath.fill().into_iter().find(|f| f.map == "AFFINITY");

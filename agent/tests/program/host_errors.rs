@@ -83,7 +83,8 @@ fn about_what_the_node_has_sent() {
                     l4: expected.clone(),
                     ..packet.clone().from(vip)
                 };
-                let case = place.case(&format!("{name}: {what}"), &packet, Verdict::Stack);
+                let (out, verdict) = place.reply(out, true);
+                let case = place.case(&format!("{name}: {what}"), &packet, verdict);
                 let seen = bed.check(case.out(&out));
                 assert_eq!(seen.lookups.flow, QUOTED.flow, "{name}: {what}");
                 if place != Place::Elsewhere {
@@ -95,8 +96,9 @@ fn about_what_the_node_has_sent() {
                     l4: expected,
                     ..packet.clone()
                 };
+                let (out, verdict) = place.reply(out, true);
                 let name = format!("{name}: {what} from a router");
-                bed.check(Case::from_netdev(&name, &packet, Verdict::Stack).out(&out));
+                bed.check(Case::from_netdev(&name, &packet, verdict).out(&out));
             }
         });
     });

@@ -6,7 +6,7 @@ use weir_common::{DropReason, metrics::outcome};
 
 use crate::{
     answers,
-    bed::{Bed, CLIENT, Case, Verdict, for_both_families},
+    bed::{Bed, CLIENT, Case, OTHER, Verdict, for_both_families},
     packet::{ACK, FIN, Fragment, L4, Packet, RST, SYN, sctp, tcp, udp},
 };
 
@@ -150,6 +150,10 @@ fn refusals_are_limited() {
         let second = bed.pod_sends(CLIENT, &packet);
         assert_eq!(second.verdict, Verdict::Dropped(DropReason::NoBackend));
         assert_eq!(second.flow_counter(outcome::REFUSAL_LIMITED), 1);
+        // Others have refusals of their own.
+        let of_other = bed.leaving(OTHER, bed.cluster_ip(1), tcp(4000, 80, SYN));
+        let other = bed.pod_sends(OTHER, &of_other);
+        assert_eq!(other.verdict, Verdict::Refused(DropReason::NoBackend));
         let config = NodeConfig {
             refusals_per_second: 0,
             ..bed.node_config()

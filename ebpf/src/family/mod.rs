@@ -107,7 +107,7 @@ pub trait Family: Sized {
     /// [`crate::flow::reply_tuple_is_taken`] as a global function.
     fn reply_tuple_is_taken() -> u32;
     /// [`crate::refuse::refuse`] as a global function.
-    fn refuse(ctx: &TcContext, hook: u32, reason: u32) -> u32;
+    fn refuse(ctx: &TcContext, sender: u32, reason: u32) -> u32;
     /// [`crate::flow::enter`] as a global function.
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32;
 }

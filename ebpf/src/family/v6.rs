@@ -239,8 +239,8 @@ impl Family for V6 {
         global::reply_tuple_is_taken_v6()
     }
     #[inline(always)]
-    fn refuse(ctx: &TcContext, hook: u32, reason: u32) -> u32 {
-        global::refuse_v6(ctx.skb.skb, hook, reason)
+    fn refuse(ctx: &TcContext, sender: u32, reason: u32) -> u32 {
+        global::refuse_v6(ctx.skb.skb, sender, reason)
     }
     #[inline(always)]
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {

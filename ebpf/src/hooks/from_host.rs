@@ -50,7 +50,7 @@ fn forward<F: Family>(ctx: &TcContext) -> Result<Verdict, DropReason> {
             deliver::deliver::<F>(ctx, Hook::FromHost, packet, Hop::find(next_hop)?)
         }
         Ok(None) => Ok(Verdict::STACK),
-        Err(reason) => refuse::or_drop::<F>(ctx, Hook::FromHost, reason),
+        Err(reason) => refuse::or_drop::<F>(ctx, decide::NODE, reason),
     }
 }
 

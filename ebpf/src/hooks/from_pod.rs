@@ -95,7 +95,7 @@ fn forward<F: Family>(
         }
         None => match decide_and_commit::<F>(ctx, sender, packet, ports_known, has_flows) {
             Ok(next_hop) => Hop::find(next_hop)?,
-            Err(reason) => return refuse::or_drop::<F>(ctx, Hook::FromPod, reason),
+            Err(reason) => return refuse::or_drop::<F>(ctx, sender.number, reason),
         },
     };
     deliver::deliver::<F>(ctx, Hook::FromPod, packet, hop)

@@ -3,7 +3,7 @@
 //! compare times themselves; what is removed here only frees memory early, but for ports that have
 //! affinity no more: nothing of it is to be found when it is switched on again.
 
-use std::io;
+use std::{collections::HashSet, io};
 
 use weir_common::{
     affinity::{Affinity, AffinityKey},
@@ -26,6 +26,12 @@ pub struct AffinityTable {
     timeouts: RawMap,
     /// A Service port has, or has had, a time: before that there is nothing to be found.
     is_used: bool,
+    /// A sweep has been completed since the start.
+    is_swept: bool,
+    /// Ports that have lost their affinity, whose entries the sweep under way will have removed.
+    leaving: HashSet<u32>,
+    /// The same of the sweep after that one.
+    leaving_later: HashSet<u32>,
     /// Of the sweep under way.
     cursor: Cursor,
     room: usize,
@@ -42,6 +48,9 @@ impl AffinityTable {
             entries,
             timeouts,
             is_used: false,
+            is_swept: false,
+            leaving: HashSet::new(),
+            leaving_later: HashSet::new(),
             cursor: Cursor::default(),
             room: BATCH,
             seen: 0,
@@ -54,6 +63,26 @@ impl AffinityTable {
         self.is_used = true;
         self.read_timeout(number)
             .map_err(|error| TableError::kernel(AFFINITY_TIMEOUTS, number, error))
+    }
+
+    /// The port, which had none, has affinity from here on, of `seconds`. Nothing remembered of an
+    /// earlier time is found: what is left of it is removed here, of all ports at once, as that means
+    /// to walk the whole table.
+    pub(super) fn begin(&mut self, number: u32, seconds: u32) -> Result<(), TableError> {
+        // Before the first sweep is complete nobody knows what an earlier agent has left.
+        if !self.is_swept || self.leaving.contains(&number) || self.leaving_later.contains(&number)
+        {
+            self.walk()
+                .map_err(|error| TableError::kernel(AFFINITY, number, error))?;
+        }
+        self.set_timeout(number, seconds)
+    }
+
+    /// The port has no affinity any more.
+    pub(super) fn end(&mut self, number: u32) -> Result<(), TableError> {
+        self.set_timeout(number, 0)?;
+        self.leaving_later.insert(number);
+        Ok(())
     }
 
     pub(super) fn set_timeout(&mut self, number: u32, seconds: u32) -> Result<(), TableError> {
@@ -69,17 +98,17 @@ impl AffinityTable {
         Ok(u32::from_ne_bytes(seconds))
     }
 
-    /// Forgets all clients of a Service port. Walks the whole table.
-    pub(super) fn forget(&mut self, number: u32) -> Result<(), TableError> {
-        let mut walk = (Cursor::default(), BATCH);
-        loop {
-            let step = self.step(&mut walk, |key, _| key.service_port == number);
-            match step {
-                Ok((_, _, true)) => return Ok(()),
-                Ok(_) => {}
-                Err(error) => return Err(TableError::kernel(AFFINITY, number, error)),
-            }
-        }
+    /// Removes what all ports without affinity have left.
+    fn walk(&mut self) -> io::Result<()> {
+        let mut place = (Cursor::default(), BATCH);
+        let is_left = |key: &AffinityKey, _: &Affinity| {
+            self.read_timeout(key.service_port).unwrap_or_default() == 0
+        };
+        while !self.step(&mut place, is_left)?.2 {}
+        self.leaving.clear();
+        self.leaving_later.clear();
+        self.is_swept = true;
+        Ok(())
     }
 
     /// Looks at about `budget` entries from where the last call ended, and removes those whose time
@@ -97,6 +126,7 @@ impl AffinityTable {
         let (mut visited, mut removed) = (0, 0);
         while visited < budget {
             let result = self.step(&mut walk, |key, entry| {
+                // Of a port that has none any more it is 0.
                 let seconds = self.read_timeout(key.service_port).unwrap_or_default();
                 flow::age(now, entry.last_used) >= seconds.saturating_mul(TICKS_PER_SECOND)
             });
@@ -107,6 +137,8 @@ impl AffinityTable {
             if done {
                 self.count = std::mem::take(&mut self.seen);
                 self.room = walk.1;
+                self.leaving = std::mem::take(&mut self.leaving_later);
+                self.is_swept = true;
                 return Ok(removed);
             }
         }

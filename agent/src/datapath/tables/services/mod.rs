@@ -331,17 +331,20 @@ impl Services {
     /// The time stands before the words say that there is one.
     fn begin_affinity(&mut self, port: &mut Port, desired: &ServicePort) -> Result<(), TableError> {
         if let Some(seconds) = desired.affinity.filter(|seconds| *seconds != port.affinity) {
-            self.affinity.set_timeout(port.number, seconds)?;
+            if port.affinity == 0 {
+                self.affinity.begin(port.number, seconds)?;
+            } else {
+                self.affinity.set_timeout(port.number, seconds)?;
+            }
             port.affinity = seconds;
         }
         Ok(())
     }
 
-    /// No word says any more that the port has affinity: nothing of it stays.
+    /// No word says any more that the port has affinity.
     fn end_affinity(&mut self, port: &mut Port) -> Result<(), TableError> {
         if port.affinity != 0 {
-            self.affinity.set_timeout(port.number, 0)?;
-            self.affinity.forget(port.number)?;
+            self.affinity.end(port.number)?;
             port.affinity = 0;
         }
         Ok(())
