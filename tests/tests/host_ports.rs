@@ -43,6 +43,11 @@ fn a_host_port_has_one_pod_until_that_is_gone() -> TestResult {
     let mut shown = host_ports(node)?;
     shown.sort_by_key(|port| expected.iter().position(|known| known == port));
     assert_eq!(shown, expected);
+    // The loopback address stays on the loopback device.
+    let routes = node
+        .netns
+        .tool("ip", &["route", "show", "table", "all", "proto", "157"])?;
+    assert!(!routes.contains("127.0.0.1"), "{routes}");
 
     for (name, protocol, host_ip, other) in [
         ("same", "tcp", v4.to_string(), "default/second"),

@@ -78,14 +78,6 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
     let mut errors: Vec<String> = Vec::new();
     let netlink = Netlink::new().context("cannot open the netlink sockets")?;
 
-    let (removed, failed) = remove_pins(settings);
-    if removed > 0 {
-        let root = settings.bpf_root.display();
-        tell(&format!(
-            "removed {removed} pins of programs and maps in {root}"
-        ));
-    }
-    errors.extend(failed);
     match netlink.own_routes().await {
         Ok(routes) => {
             let mut changes = Vec::new();
@@ -107,6 +99,15 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
         }
         Err(error) => errors.push(error.to_string()),
     }
+    // What the routes led to goes after them: nothing is sent to a device that nobody serves.
+    let (removed, failed) = remove_pins(settings);
+    if removed > 0 {
+        let root = settings.bpf_root.display();
+        tell(&format!(
+            "removed {removed} pins of programs and maps in {root}"
+        ));
+    }
+    errors.extend(failed);
     if let Ok(links) = netlink.links().await {
         // A device of somebody else's that only has the name stays.
         if let Some(device) = host_device::find(&links) {

@@ -65,6 +65,10 @@ impl Host {
 
     /// The route that an address of Services should have; `None` while there is nothing to lead to.
     fn route(&self, address: IpAddr) -> Option<Route> {
+        // Host ports may be there, for the node alone: the program at the loopback device serves them.
+        if address.is_loopback() {
+            return None;
+        }
         let device = self.device?;
         let source = self
             .sources

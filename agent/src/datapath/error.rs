@@ -74,8 +74,8 @@ pub enum DatapathError {
     },
     /// A program of sockets cannot be attached.
     #[error(
-        "cannot attach {program} to the cgroup {cgroup}: {source}; give the setting cgroup-root a \
-         folder of a cgroup2 file system"
+        "cannot attach {program} to the cgroup {cgroup}: {source}; {}",
+        cgroup_remedy(source)
     )]
     AttachCgroup {
         /// The program.
@@ -85,6 +85,23 @@ pub enum DatapathError {
         /// The kernel's answer.
         source: io::Error,
     },
+}
+
+/// What helps against an answer of the kernel to the attachment of a program to a cgroup.
+fn cgroup_remedy(source: &io::Error) -> &'static str {
+    match source.raw_os_error() {
+        Some(libc::EPERM) => {
+            "somebody has attached a program there, or above, that allows no other beside it \
+             (bpftool cgroup tree): detach it, or give the setting cgroup-root another folder"
+        }
+        Some(libc::E2BIG) => {
+            "as many programs as the kernel allows are attached there (bpftool cgroup tree): \
+             detach those that nobody needs"
+        }
+        Some(libc::ENOMEM) => "the node has no memory left for it",
+        // Not there, no folder, or of another file system.
+        _ => "give the setting cgroup-root a folder of a cgroup2 file system",
+    }
 }
 
 impl DatapathError {
