@@ -1,7 +1,7 @@
 //! What a socket remembers of its translation: the value of the socket-local storage
 //! `SOCKET_FRONTENDS`, which the kernel frees with the socket.
 
-use crate::{Ipv6, Port, assert_abi_size};
+use crate::{Ipv6, Port, assert_abi_size, map_types};
 
 /// One translation of a socket's destination.
 #[repr(C, align(4))]
@@ -34,3 +34,4 @@ pub struct SocketFrontends {
 }
 
 assert_abi_size!(Translation = 36, SocketFrontends = 152);
+map_types!(SocketFrontends);

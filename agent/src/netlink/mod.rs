@@ -2,14 +2,15 @@
 //! kernel's words only, nothing of Kubernetes or maps.
 //!
 //! [`Netlink`] asks and changes, [`Netlink::watch`] tells of changes by others, [`pod`] is the host
-//! side of a pod, [`sysctl`] the switches under `/proc/sys/net`. All of Weir's routes and
-//! neighbours carry [`ROUTE_PROTOCOL`]; whatever has another number belongs to someone else and is
-//! never changed.
+//! side of a pod, [`sysctl`] the switches under `/proc/sys/net`, [`sock_diag`] the TCP sockets of any
+//! namespace. All of Weir's routes and neighbours carry [`ROUTE_PROTOCOL`]; whatever has another
+//! number belongs to someone else and is never changed.
 
 mod connection;
 mod convert;
 pub mod host_device;
 pub mod pod;
+pub mod sock_diag;
 mod socket;
 pub mod sysctl;
 mod watch;
