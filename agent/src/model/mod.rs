@@ -55,6 +55,9 @@ pub struct Delta {
     pub services: BTreeMap<ServicePortKey, Option<ServicePort>>,
     /// Nodes, this one included.
     pub nodes: BTreeMap<String, Option<Node>>,
+    /// Endpoints that Service ports which are still served had, used or not, and that no slice has any
+    /// more. They follow from `services` and what was there before.
+    pub gone_endpoints: BTreeMap<ServicePortKey, Vec<BackendAddress>>,
 }
 
 impl Delta {
@@ -133,9 +136,11 @@ impl Model {
                 (name, node)
             })
             .collect();
+        let (services, gone_endpoints) = self.services.take_delta();
         Delta {
-            services: self.services.take_delta(),
+            services,
             nodes,
+            gone_endpoints,
         }
     }
 

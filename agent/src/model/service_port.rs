@@ -300,4 +300,14 @@ impl ServicePort {
     pub fn uses(&self, set: EndpointSet) -> bool {
         self.frontends.iter().any(|frontend| frontend.set == set)
     }
+
+    /// Every endpoint that the slices have for it, used or not.
+    pub fn endpoints(&self) -> impl Iterator<Item = &BackendAddress> {
+        self.backends.keys().chain(self.unused.keys())
+    }
+
+    /// Whether the slices have an endpoint for it, used or not.
+    pub fn has_endpoint(&self, endpoint: &BackendAddress) -> bool {
+        self.backends.contains_key(endpoint) || self.unused.contains_key(endpoint)
+    }
 }

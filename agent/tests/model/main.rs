@@ -9,9 +9,9 @@ mod property;
 mod render;
 mod world;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use weir_agent::model::{Delta, Model, Node, ServicePort, ServicePortKey};
+use weir_agent::model::{BackendAddress, Delta, Model, Node, ServicePort, ServicePortKey};
 
 /// What somebody knows who has followed all deltas.
 #[derive(Debug, Default, PartialEq)]
@@ -21,8 +21,10 @@ struct Mirror {
 }
 
 impl Mirror {
-    /// Takes a delta in, and fails when it says nothing new.
+    /// Takes a delta in, and fails when it says nothing new, or other endpoints are said to be gone
+    /// than those that are.
     fn follow(&mut self, delta: Delta) {
+        assert_eq!(delta.gone_endpoints, self.gone_after(&delta));
         for (key, port) in delta.services {
             assert_ne!(self.services.get(&key), port.as_ref(), "{key:?} is no news");
             match port {
@@ -37,6 +39,24 @@ impl Mirror {
                 None => self.nodes.remove(&name),
             };
         }
+    }
+
+    /// Endpoints that were listed for a Service port before, and are not where it is still there.
+    fn gone_after(&self, delta: &Delta) -> BTreeMap<ServicePortKey, Vec<BackendAddress>> {
+        let listed = |port: &ServicePort| -> BTreeSet<BackendAddress> {
+            let used = port.backends.keys();
+            used.chain(port.unused.keys()).copied().collect()
+        };
+        let mut gone = BTreeMap::new();
+        for (key, port) in &delta.services {
+            if let (Some(before), Some(after)) = (self.services.get(key), port) {
+                let lost: Vec<_> = listed(before).difference(&listed(after)).copied().collect();
+                if !lost.is_empty() {
+                    gone.insert(key.clone(), lost);
+                }
+            }
+        }
+        gone
     }
 
     /// What the model says when it is asked.

@@ -21,7 +21,8 @@ use self::{
     host_ports::HostPorts,
 };
 use super::{
-    FrontendKind, HostPort, ModelOptions, Node, Owner, PodInterface, ServicePort, ServicePortKey,
+    BackendAddress, FrontendKind, HostPort, ModelOptions, Node, Owner, PodInterface, ServicePort,
+    ServicePortKey,
     occupied::{Occupant, Occupied},
 };
 use crate::objects::{self, EndpointSlice, Family, ObjectName, Protocol, Service};
@@ -33,6 +34,9 @@ struct Entry {
     /// By the name of the slice.
     slices: BTreeMap<String, EndpointSlice>,
 }
+
+/// Service ports that have changed; `None`: gone.
+type Ports = BTreeMap<ServicePortKey, Option<ServicePort>>;
 
 /// Services, their EndpointSlices, and the state that follows from them.
 #[derive(Debug, Default)]
@@ -213,8 +217,10 @@ impl Services {
         self.dirty.insert(Owner::Service(service));
     }
 
-    pub(super) fn take_delta(&mut self) -> BTreeMap<ServicePortKey, Option<ServicePort>> {
-        let mut delta = BTreeMap::new();
+    /// The ports that differ, and the endpoints that those which are still there have lost.
+    pub(super) fn take_delta(&mut self) -> (Ports, BTreeMap<ServicePortKey, Vec<BackendAddress>>) {
+        let mut delta = Ports::new();
+        let mut gone = BTreeMap::new();
         for owner in std::mem::take(&mut self.dirty) {
             let (mut wanted, problems) = self.desired_state_of(&owner);
             let known: Vec<ServicePortKey> = self
@@ -231,7 +237,17 @@ impl Services {
                         delta.insert(key, None);
                     }
                     Some(port) if self.desired.get(&key) != Some(&port) => {
-                        self.desired.insert(key.clone(), port.clone());
+                        let before = self.desired.insert(key.clone(), port.clone());
+                        let mut lost: Vec<_> = before
+                            .iter()
+                            .flat_map(ServicePort::endpoints)
+                            .filter(|endpoint| !port.has_endpoint(endpoint))
+                            .copied()
+                            .collect();
+                        lost.sort_unstable();
+                        if !lost.is_empty() {
+                            gone.insert(key.clone(), lost);
+                        }
                         delta.insert(key, Some(port));
                     }
                     Some(_) => {}
@@ -247,7 +263,7 @@ impl Services {
                 self.problems.insert(owner, problems);
             }
         }
-        delta
+        (delta, gone)
     }
 
     /// Withdraws claims and enters others. Those who claim the same are looked at again: one may
