@@ -37,6 +37,7 @@ mod apply;
 pub mod cleanup;
 mod drift;
 mod endpoints;
+mod gone_endpoints;
 mod host;
 pub mod names;
 pub mod rows;
@@ -47,6 +48,7 @@ mod status;
 pub mod verify;
 mod wiring;
 
+use gone_endpoints::GoneEndpoints;
 use names::{Clock, Names};
 use rows::{Phase, Row, Rows};
 use socket_translation::SocketTranslations;
@@ -106,6 +108,7 @@ pub struct Agent {
     endpoints: EndpointManager,
     /// Where each Service port stands in the kernel.
     applied: HashMap<ServicePortKey, AppliedService>,
+    gone: GoneEndpoints,
     /// Problems that came up at the start or outside of any row.
     notes: Notes,
     commands: mpsc::Receiver<Command>,
@@ -161,6 +164,7 @@ enum Wake {
     Command(Option<Command>),
     Network(Option<NetlinkEvent>),
     Event(std::io::Result<Event>),
+    Sockets(gone_endpoints::Report),
     Watchers,
     Work,
     Retry,
@@ -248,6 +252,7 @@ impl Agent {
             swept: false,
             endpoints,
             applied: HashMap::new(),
+            gone: GoneEndpoints::default(),
             notes: Notes::default(),
             commands,
             progress,
@@ -282,6 +287,7 @@ impl Agent {
                 batch = self.source.batches.recv() => Wake::Batch(batch),
                 event = self.network.recv() => Wake::Network(event),
                 event = self.ring.next() => Wake::Event(event),
+                report = self.gone.next() => Wake::Sockets(report),
                 () = events.watchers_changed() => Wake::Watchers,
                 () = std::future::ready(()), if self.rows.is_waiting() => Wake::Work,
                 () = sleep_until(due) => Wake::Retry,
@@ -302,6 +308,7 @@ impl Agent {
                     let event = event.context("cannot read the events of the kernel programs")?;
                     self.tell(event);
                 }
+                Wake::Sockets(report) => self.take_report(report),
                 Wake::Watchers => self.switch_flow_events(),
                 Wake::Work => self.work().await,
                 Wake::Retry => {
@@ -357,6 +364,9 @@ impl Agent {
         if !self.source_state.synced {
             // Services wait until all their endpoints are known; the model keeps them.
             return;
+        }
+        if self.settings.end_sockets_of_gone_endpoints {
+            self.gone.note(delta.gone_endpoints);
         }
         let mut services: Vec<_> = delta.services.into_keys().collect();
         if !was_synced {
@@ -480,6 +490,7 @@ impl Agent {
         }
         self.switch_flow_events();
         self.tell_lost_events();
+        self.look_for_gone_endpoints();
         let is_due = self.ticks.is_multiple_of(ENDPOINT_TICKS);
         // A change seen while nothing may be repaired yet is kept for later.
         let changed = !self.late.waiting && std::mem::take(&mut self.network_has_changed);

@@ -39,6 +39,8 @@ pub struct Settings {
     pub cgroup_root: PathBuf,
     /// TCP connections to Services are translated at the socket.
     pub socket_translation: bool,
+    /// TCP sockets that were translated to an endpoint that is gone are ended.
+    pub end_sockets_of_gone_endpoints: bool,
     /// Refusals (TCP resets, ICMP port unreachable) sent per second at most, 0 for no limit.
     pub refusals_per_second: u32,
     /// Devices to attach to; empty: to be found.
@@ -321,6 +323,11 @@ impl Values {
             exclude_services: self.parse("exclude-services", label_selector)?.flatten(),
             exclude_cidrs: self.parse("exclude-cidrs", cidrs)?.unwrap_or_default(),
             socket_translation: self.required("socket-translation", "true or false", boolean)?,
+            end_sockets_of_gone_endpoints: self.required(
+                "end-sockets-of-gone-endpoints",
+                "true or false",
+                boolean,
+            )?,
             refusals_per_second: self.number("refusals-per-second", 0, 1_000_000)?,
             expedite_rcu: self.required("expedite-rcu", "true or false", boolean)?,
             log: self.required("log", "a filter", log_filter)?,

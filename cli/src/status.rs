@@ -132,6 +132,13 @@ fn overview(status: &StatusResponse, colours: bool) -> String {
             status.bpf_root
         ),
     ));
+    if let Some(sockets) = &status.ended_sockets {
+        let text = format!(
+            "{} ended whose endpoint was gone, {} failed",
+            sockets.ended, sockets.failed
+        );
+        lines.push(("Sockets", text));
+    }
     let errors = status.source.iter().flat_map(|source| &source.errors);
     let mut problems: Vec<&str> = status.problems.iter().map(String::as_str).collect();
     for error in errors {
@@ -175,7 +182,7 @@ fn section(text: &mut String, title: &str, table: &Table, colours: bool) {
 
 #[cfg(test)]
 mod tests {
-    use weir_api::v1::{Attachment, MapFill, PacketCounter, Source};
+    use weir_api::v1::{Attachment, EndedSockets, MapFill, PacketCounter, Source};
 
     use super::*;
 
@@ -240,6 +247,19 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }
+    }
+
+    #[test]
+    fn ended_sockets_are_counted_where_they_are_ended() {
+        let mut status = answer();
+        assert!(!text(&status, false).contains("Sockets"));
+        status.ended_sockets = Some(EndedSockets {
+            ended: 3,
+            failed: 1,
+        });
+        let text = text(&status, false);
+        let line = "Sockets     3 ended whose endpoint was gone, 1 failed";
+        assert!(text.contains(line), "{text}");
     }
 
     #[test]

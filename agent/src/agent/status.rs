@@ -78,6 +78,12 @@ impl Agent {
             failing: number(self.rows.failed().len()),
             mtu: self.plan.mtu,
             attach_mode: self.datapath.attach_mode().name().to_owned(),
+            ended_sockets: self.settings.end_sockets_of_gone_endpoints.then_some(
+                v1::EndedSockets {
+                    ended: self.gone.ended,
+                    failed: self.gone.failed,
+                },
+            ),
         })
     }
 
@@ -161,6 +167,7 @@ impl Agent {
             ));
         }
         problems.extend(self.notes.all().cloned());
+        problems.extend(self.gone.problems.iter().cloned());
         problems.extend(sysctl::strict_rp_filter());
         problems
     }

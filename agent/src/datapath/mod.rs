@@ -30,7 +30,7 @@ use std::{
     collections::BTreeSet,
     io,
     net::IpAddr,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -328,6 +328,16 @@ impl Datapath {
     #[must_use]
     pub fn are_sockets_attached(&self) -> bool {
         sockets::are_attached(&self.attacher.folder)
+    }
+
+    /// A handle on the map in which sockets remember what they were translated from; its values are
+    /// for [`sockets::frontend_of`].
+    ///
+    /// # Errors
+    ///
+    /// There is no free file descriptor.
+    pub fn socket_frontends(&self) -> Result<OwnedFd, DatapathError> {
+        sockets::frontends(&self.ebpf)
     }
 
     /// Attaches `from_host` to our end of the node's own device, or to the loopback device, or

@@ -4,15 +4,25 @@
 use std::{
     fs::{self, File},
     io,
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    net::{IpAddr, SocketAddr},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
 };
 
 use aya::{
     Ebpf,
+    maps::Map,
     programs::{
         CgroupAttachMode, CgroupSockAddr, cgroup_sock_addr::CgroupSockAddrLink, links::FdLink,
     },
+};
+use weir_common::{
+    Ipv4, Ipv6,
+    address::Address as _,
+    socket::{SocketFrontends, Translation},
 };
 
 use super::{
@@ -35,6 +45,43 @@ pub const PROGRAMS: [&str; 10] = [
     "sock_connect4",
     "sock_connect6",
 ];
+
+/// The map in which sockets remember what they were translated from.
+const SOCKET_FRONTENDS: &str = "SOCKET_FRONTENDS";
+
+/// A handle on `SOCKET_FRONTENDS`, for the kernel's lists of sockets.
+pub(super) fn frontends(ebpf: &Ebpf) -> Result<OwnedFd, DatapathError> {
+    let Some(Map::SkStorage(map)) = ebpf.map(SOCKET_FRONTENDS) else {
+        return Err(DatapathError::Object(format!(
+            "has no map {SOCKET_FRONTENDS} of socket-local storage"
+        )));
+    };
+    let handle = map.fd().as_fd().try_clone_to_owned();
+    handle.map_err(|source| DatapathError::Map {
+        name: SOCKET_FRONTENDS,
+        source,
+    })
+}
+
+/// What a socket that talks to `peer` (an IPv4 address not in IPv6 form) asked for, by its value in
+/// `SOCKET_FRONTENDS`; `None` if it asked for just that, or the value has another size.
+pub(crate) fn frontend_of(value: &[u8], peer: SocketAddr) -> Option<SocketAddr> {
+    if value.len() != size_of::<SocketFrontends>() {
+        return None;
+    }
+    let value: SocketFrontends = sys::from_bytes(value);
+    let is_peers = |row: &&Translation| {
+        row.backend_port.get() != 0
+            && row.backend_port.get() == peer.port()
+            && row.backend == Ipv6::from_ip(peer.ip())
+    };
+    let row = value.rows.iter().find(is_peers)?;
+    let address: IpAddr = match peer.ip() {
+        IpAddr::V4(_) => Ipv4::from_shared(row.frontend).to_ip(),
+        IpAddr::V6(_) => row.frontend.to_ip(),
+    };
+    Some(SocketAddr::new(address, row.frontend_port.get()))
+}
 
 /// A program of the object.
 pub(super) fn program<'a>(
@@ -140,4 +187,50 @@ fn detach_one(pin: &Path) -> io::Result<()> {
         tracing::debug!(%error, pin = %pin.display(), "link was not attached");
     }
     fs::remove_file(pin)
+}
+
+#[cfg(test)]
+mod tests {
+    use weir_common::Port;
+
+    use super::*;
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn row(frontend: &str, backend: &str) -> Translation {
+        let (frontend, backend) = (address(frontend), address(backend));
+        Translation {
+            frontend: Ipv6::from_ip(frontend.ip()),
+            backend: Ipv6::from_ip(backend.ip()),
+            frontend_port: Port::new(frontend.port()),
+            backend_port: Port::new(backend.port()),
+        }
+    }
+
+    #[test]
+    fn the_frontend_is_that_of_the_peer_that_the_socket_has_now() {
+        let mut value = SocketFrontends::default();
+        value.rows[1] = row("10.96.0.1:80", "10.0.0.1:8080");
+        value.rows[3] = row("[fd00:96::1]:80", "[fd00::1]:8080");
+        for (peer, expected) in [
+            ("10.0.0.1:8080", Some("10.96.0.1:80")),
+            ("[fd00::1]:8080", Some("[fd00:96::1]:80")),
+            ("10.0.0.1:8081", None),
+            ("10.0.0.2:8080", None),
+            ("[fd00::2]:8080", None),
+            // Unused rows are all zero.
+            ("0.0.0.0:0", None),
+        ] {
+            let bytes = sys::bytes_of(&value);
+            let found = frontend_of(bytes, address(peer));
+            assert_eq!(found, expected.map(address), "{peer}");
+            assert_eq!(frontend_of(&bytes[1..], address(peer)), None);
+        }
+        // The socket was connected to something else: its rows are taken back.
+        value.rows[1].backend_port = Port::new(0);
+        let bytes = sys::bytes_of(&value);
+        assert_eq!(frontend_of(bytes, address("10.0.0.1:8080")), None);
+    }
 }

@@ -188,6 +188,13 @@ pub const ALL: &[Definition] = &[
          false",
     ),
     define(
+        "end-sockets-of-gone-endpoints",
+        "BOOL",
+        Some("false"),
+        "End TCP connections that were translated at the socket when their endpoint is removed from \
+         the Service (SOCK_DESTROY): true or false",
+    ),
+    define(
         "refusals-per-second",
         "COUNT",
         Some("1000"),

@@ -63,6 +63,17 @@ fn a_flag_beats_a_variable_beats_the_file_beats_the_default() {
 }
 
 #[test]
+fn sockets_are_ended_only_on_demand() {
+    let name = "end-sockets-of-gone-endpoints";
+    let is_on = |flags: &[(&str, &str)]| {
+        let settings = check(flags, &[], None).0.unwrap();
+        settings.end_sockets_of_gone_endpoints
+    };
+    assert!(!is_on(&[SOURCE]));
+    assert!(is_on(&[SOURCE, (name, "true")]));
+}
+
+#[test]
 fn the_defaults_are_those_of_the_kernel_abi() {
     let settings = check(&[SOURCE], &[], None).0.unwrap();
     assert_eq!(settings.timeouts, Timeouts::DEFAULT);
@@ -301,6 +312,12 @@ fn bad_values_name_setting_origin_value_and_remedy() {
             &[],
             None,
             &["expedite-rcu", "\"yes\"", "true or false"],
+        ),
+        (
+            &[SOURCE, ("end-sockets-of-gone-endpoints", "on")],
+            &[],
+            None,
+            &["end-sockets-of-gone-endpoints", "\"on\"", "true or false"],
         ),
         (
             &[SOURCE, ("address-rest", "1h")],

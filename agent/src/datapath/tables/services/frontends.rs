@@ -3,13 +3,13 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use weir_common::{
-    Ipv4, Ipv6, Port as PortNumber,
-    service::{self, FrontendKey},
+    Ipv4, Ipv6, Port as PortNumber, protocol,
+    service::{self, FrontendKey, scope},
 };
 
 use super::{
@@ -128,6 +128,26 @@ impl Services {
             }
         });
         failed.map_or(Ok(()), Err)
+    }
+
+    /// The number of the port that a TCP client of this node reaches at an address, as the programs
+    /// look it up. That the address is one at which NodePorts are served is for the caller to know.
+    #[must_use]
+    pub fn tcp_port_at(&self, frontend: SocketAddr) -> Option<u32> {
+        let every_address: IpAddr = match frontend.ip() {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        [frontend.ip(), every_address]
+            .into_iter()
+            .find_map(|address| {
+                self.owner(FrontendAddress {
+                    address,
+                    port: frontend.port(),
+                    protocol: protocol::TCP,
+                    scope: scope::INSIDE,
+                })
+            })
     }
 
     /// The number of the port that a frontend leads to in the kernel.
@@ -323,7 +343,7 @@ impl FrontendAddress {
 
 impl std::fmt::Display for FrontendAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let protocol = weir_common::protocol::name(self.protocol).unwrap_or("?");
+        let protocol = protocol::name(self.protocol).unwrap_or("?");
         match self.address {
             IpAddr::V4(v4) => write!(f, "{v4}:{}/{protocol}", self.port),
             IpAddr::V6(v6) => write!(f, "[{v6}]:{}/{protocol}", self.port),

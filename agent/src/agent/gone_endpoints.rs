@@ -1,0 +1,196 @@
+//! Ends TCP sockets whose endpoint is gone, if the setting `end-sockets-of-gone-endpoints` says so: a
+//! socket that was translated at `connect()` waits for a dead endpoint until TCP gives up.
+//!
+//! The model tells which endpoints its Service ports have lost. The tick gathers them for a while and
+//! starts a [`walk`] on a thread of its own, which finds the sockets and asks here, just before it ends
+//! them, which are to be ended: those that were translated for a Service port that is still served, and
+//! that does not have the endpoint now. Once after the start the walk looks at all translated sockets:
+//! endpoints may have gone while no agent ran.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::mpsc;
+
+use super::Agent;
+use crate::{
+    model::{BackendAddress, ServicePortKey},
+    objects::Protocol,
+};
+
+mod walk;
+
+pub(super) use walk::Report;
+use walk::{Outcome, Plan, Translated};
+
+/// How long endpoints that are gone are gathered. An endpoint that moves from one slice to another
+/// may be in neither for a moment.
+const GATHER: Duration = Duration::from_secs(1);
+
+/// What is known of endpoints that are gone.
+#[derive(Debug, Default)]
+pub(super) struct GoneEndpoints {
+    /// Whose sockets have not been looked for yet.
+    lost: BTreeMap<ServicePortKey, HashSet<BackendAddress>>,
+    /// When the first of them was noted.
+    since: Option<Instant>,
+    /// All translated sockets have been looked at since the start.
+    has_looked_at_all: bool,
+    walk: Option<Walk>,
+    /// Sockets ended since the start.
+    pub ended: u64,
+    /// Sockets that could not be ended.
+    pub failed: u64,
+    /// What kept the last walk from its work.
+    pub problems: Vec<String>,
+}
+
+/// A walk that is under way.
+#[derive(Debug)]
+struct Walk {
+    reports: mpsc::Receiver<Report>,
+    /// Service ports that have lost endpoints, by number.
+    ports: HashMap<u32, ServicePortKey>,
+}
+
+impl GoneEndpoints {
+    /// Notes what Service ports have lost. Other protocols than TCP are not translated at the socket
+    /// (UDP to loopback apart, where nobody waits for an end).
+    pub fn note(&mut self, gone: BTreeMap<ServicePortKey, Vec<BackendAddress>>) {
+        for (key, endpoints) in gone {
+            if key.protocol == Protocol::Tcp {
+                self.since.get_or_insert_with(Instant::now);
+                self.lost.entry(key).or_default().extend(endpoints);
+            }
+        }
+    }
+
+    /// What the walk says next; pending while there is none.
+    pub async fn next(&mut self) -> Report {
+        let Some(walk) = &mut self.walk else {
+            return std::future::pending().await;
+        };
+        // A thread that says nothing before it ends has met its end.
+        let lost = || {
+            Report::Done(Outcome {
+                problems: vec!["the thread that ends sockets has died; see the log".to_owned()],
+                ..Outcome::default()
+            })
+        };
+        walk.reports.recv().await.unwrap_or_else(lost)
+    }
+
+    fn finish(&mut self, outcome: Outcome) {
+        self.walk = None;
+        self.ended += outcome.ended;
+        self.failed += outcome.failed;
+        for problem in &outcome.problems {
+            tracing::warn!(problem, "while ending sockets whose endpoint is gone");
+        }
+        self.problems = outcome.problems;
+        tracing::info!(
+            ended = outcome.ended,
+            failed = outcome.failed,
+            namespaces = outcome.namespaces,
+            milliseconds = outcome.took.as_millis(),
+            "looked for sockets whose endpoint is gone"
+        );
+    }
+}
+
+impl Agent {
+    /// Starts a walk if there is something to look for, and what is lost has reached the kernel: no
+    /// socket comes to it any more.
+    pub(super) fn look_for_gone_endpoints(&mut self) {
+        if !self.settings.end_sockets_of_gone_endpoints
+            || !self.swept
+            || self.gone.walk.is_some()
+            || self.rows.is_waiting()
+        {
+            return;
+        }
+        // An object that cannot be read at the start is no object that is gone.
+        let all = !self.gone.has_looked_at_all && self.source_state.errors.is_empty();
+        let is_due = self
+            .gone
+            .since
+            .is_some_and(|since| since.elapsed() >= GATHER);
+        if !all && !is_due {
+            return;
+        }
+        let map = match self.datapath.socket_frontends() {
+            Ok(map) => map,
+            Err(error) => {
+                self.gone.problems = vec![format!("cannot end sockets of gone endpoints: {error}")];
+                return;
+            }
+        };
+        let lost = std::mem::take(&mut self.gone.lost);
+        self.gone.since = None;
+        self.gone.has_looked_at_all |= all;
+        let ports = if all {
+            let tcp = self
+                .applied
+                .keys()
+                .filter(|key| key.protocol == Protocol::Tcp);
+            self.numbered(tcp)
+        } else {
+            self.numbered(lost.keys())
+        };
+        let namespaces = self.endpoints.list().map(|e| PathBuf::from(&e.spec.netns));
+        let (sender, reports) = mpsc::channel(1);
+        let plan = Plan {
+            map,
+            only: (!all).then(|| lost.into_values().flatten().collect()),
+            namespaces: namespaces.collect(),
+        };
+        match walk::start(plan, sender) {
+            Ok(()) => self.gone.walk = Some(Walk { reports, ports }),
+            Err(error) => {
+                self.gone.problems = vec![format!(
+                    "cannot start the thread that ends sockets: {error}"
+                )];
+            }
+        }
+    }
+
+    /// Service ports that are in the kernel, by number.
+    fn numbered<'a>(
+        &self,
+        keys: impl Iterator<Item = &'a ServicePortKey>,
+    ) -> HashMap<u32, ServicePortKey> {
+        keys.filter_map(|key| Some((self.applied.get(key)?.number, key.clone())))
+            .collect()
+    }
+
+    /// Answers the walk, or takes its outcome.
+    pub(super) fn take_report(&mut self, report: Report) {
+        match report {
+            Report::Found(sockets, answer) => {
+                let gone = sockets.iter().map(|socket| self.is_gone(socket)).collect();
+                // If the thread has died, so has the walk.
+                let _ = answer.send(gone);
+            }
+            Report::Done(outcome) => self.gone.finish(outcome),
+        }
+    }
+
+    /// Whether the Service port that the socket asked for is served, and has the endpoint that it got
+    /// no more, ready or not.
+    fn is_gone(&self, socket: &Translated) -> bool {
+        let number = self.datapath.services().tcp_port_at(socket.frontend);
+        let walk = self.gone.walk.as_ref();
+        number
+            .zip(walk)
+            .and_then(|(number, walk)| walk.ports.get(&number).zip(Some(number)))
+            .filter(|(key, number)| {
+                let applied = self.applied.get(*key);
+                applied.is_some_and(|applied| applied.number == *number)
+            })
+            .and_then(|(key, _)| self.model.service(key))
+            .is_some_and(|port| !port.has_endpoint(&socket.backend))
+    }
+}
