@@ -3,6 +3,7 @@
 
 mod calls;
 mod errors;
+mod gone_endpoints;
 mod lasting;
 mod node_ports;
 mod opt_out;

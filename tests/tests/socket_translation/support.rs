@@ -40,7 +40,16 @@ pub struct Setup {
 impl Setup {
     /// `change` changes the Service before it is applied.
     pub fn start(name: &str, change: impl FnOnce(&mut Value)) -> Result<Self> {
-        let cluster = Cluster::builder(name).start()?;
+        Self::start_with(name, &[], change)
+    }
+
+    /// As [`Self::start`], with more arguments for the agents.
+    pub fn start_with(
+        name: &str,
+        arguments: &[&str],
+        change: impl FnOnce(&mut Value),
+    ) -> Result<Self> {
+        let cluster = Cluster::builder(name).agent_arguments(arguments).start()?;
         let mut servers = Vec::new();
         let mut pods = Vec::new();
         for (node, name) in [("node1", "here"), ("node2", "far")] {
