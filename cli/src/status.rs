@@ -256,6 +256,7 @@ mod tests {
         status.ended_sockets = Some(EndedSockets {
             ended: 3,
             failed: 1,
+            looking: false,
         });
         let text = text(&status, false);
         let line = "Sockets     3 ended whose endpoint was gone, 1 failed";

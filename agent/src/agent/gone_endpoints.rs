@@ -68,6 +68,11 @@ impl GoneEndpoints {
         }
     }
 
+    /// Whether sockets are still to be looked for.
+    pub fn is_looking(&self) -> bool {
+        !self.lost.is_empty() || self.walk.is_some() || !self.has_looked_at_all
+    }
+
     /// What the walk says next; pending while there is none.
     pub async fn next(&mut self) -> Report {
         let Some(walk) = &mut self.walk else {
@@ -114,11 +119,11 @@ impl Agent {
         }
         // An object that cannot be read at the start is no object that is gone.
         let all = !self.gone.has_looked_at_all && self.source_state.errors.is_empty();
-        let is_due = self
-            .gone
-            .since
-            .is_some_and(|since| since.elapsed() >= GATHER);
-        if !all && !is_due {
+        let is_due = match self.gone.since {
+            Some(since) => since.elapsed() >= GATHER,
+            None => all,
+        };
+        if !is_due {
             return;
         }
         let map = match self.datapath.socket_frontends() {

@@ -82,6 +82,7 @@ impl Agent {
                 v1::EndedSockets {
                     ended: self.gone.ended,
                     failed: self.gone.failed,
+                    looking: self.gone.is_looking(),
                 },
             ),
         })

@@ -112,8 +112,9 @@ impl Walk {
                 return;
             }
         }
-        for path in std::mem::take(&mut self.plan.namespaces) {
-            match enter(&path) {
+        let paths = std::mem::take(&mut self.plan.namespaces);
+        for path in &paths {
+            match enter(path) {
                 Ok(Some(pod)) => self.look(pod, &path.display().to_string()),
                 // The pod is gone, and its sockets with it.
                 Ok(None) => {}
@@ -121,6 +122,14 @@ impl Walk {
                     self.problem(format!("network namespace {}: {error}", path.display()));
                 }
             }
+        }
+        if let Some(first) = paths.first().filter(|_| self.outcome.namespaces == 1) {
+            self.problem(format!(
+                "none of the network namespaces of {} pods is there, the first is {}: the agent must \
+                 see the container runtime's paths, with those that appear later",
+                paths.len(),
+                first.display()
+            ));
         }
     }
 
