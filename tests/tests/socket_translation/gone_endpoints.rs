@@ -1,9 +1,13 @@
 //! Connections whose endpoint is removed from the Service end, where the setting says so, and no others.
 
 use std::{
+    fs::File,
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
-    os::fd::{AsFd as _, OwnedFd},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::OpenOptionsExt as _,
+    },
     thread,
     time::Duration,
 };
@@ -15,12 +19,14 @@ use nix::{
     sys::{
         signal::Signal,
         socket::{SockFlag, getsockopt, sockopt::SocketError},
+        stat::Mode,
     },
+    unistd::mkfifo,
 };
 use weir_tests::{
     Node, Pod, TestResult,
     cluster::cluster_ips,
-    netns::NetNs,
+    netns::{self, NetNs},
     node::number,
     objects::{self, Endpoint, Port},
     traffic, wait_for,
@@ -127,13 +133,14 @@ fn work(connections: &mut [Connection], is_first: bool) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the agent has counted this many ended sockets: then it looks for no more.
+/// Waits until the agent has counted this many ended sockets and looks for no more.
 fn wait_ended(node: &Node, expected: usize) -> Result<()> {
     let what = format!("{expected} sockets to be ended");
     wait_for(&what, DEADLINE, || {
         let sockets = node.weir_json(&["status"])?["ended_sockets"].clone();
         let found = number(&sockets["ended"]).unwrap_or_default();
-        ensure!(found == expected as u64, "{sockets}");
+        let is_over = sockets["looking"] != true;
+        ensure!(found == expected as u64 && is_over, "{sockets}");
         Ok(Some(()))
     })?;
     let status = node.weir_json(&["status"])?;
@@ -241,6 +248,47 @@ fn begin_all(setup: &Setup, service: u8) -> Result<Vec<(String, OwnedFd)>> {
         }
     }
     Ok(begun)
+}
+
+/// What is asked for an endpoint that is removed counts at the moment when its sockets are ended: the
+/// agent is held between the node's sockets and those of the pod by a pipe in place of a namespace.
+#[test]
+fn connections_to_an_endpoint_that_came_back_go_on() -> TestResult {
+    let setup = Setup::start_with("gone back", &ON, |_| {})?;
+    let (here, far) = (&setup.pods[0], &setup.pods[1]);
+    // The look at all sockets that begins with the agent is over.
+    wait_ended(setup.node(), 0)?;
+    // The agent takes namespaces in the order of their paths.
+    let gate = setup.cluster.pod("node1", "a-gate")?;
+    let path = gate.netns.path();
+    assert!(path < setup.client.netns.path());
+    netns::remove(gate.netns.name());
+    mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).context("a pipe")?;
+
+    let [pod, node] = setup.clients().map(|(_, netns)| netns);
+    let (mut doomed, mut lasting) = (Vec::new(), Vec::new());
+    for address in addresses(10) {
+        let to = SocketAddr::new(address, PORT);
+        doomed.push(connect(("node", node), to, "far")?);
+        lasting.push(connect(("pod", pod), to, "far")?);
+    }
+    work(&mut lasting, true)?;
+    let count = doomed.len();
+    let waits = waiting(doomed);
+    set_endpoints(&setup, "web", here.endpoints().into_iter())?;
+    are_aborted(waits)?;
+    let both = here.endpoints().into_iter().chain(far.endpoints());
+    set_endpoints(&setup, "web", both)?;
+    let gate = wait_for("the agent at the pipe", DEADLINE, || {
+        // Refused as long as nobody wants to read.
+        let mut options = File::options();
+        let options = options.write(true).custom_flags(libc::O_NONBLOCK);
+        Ok(Some(options.open(&path)?))
+    })?;
+    drop(gate);
+    wait_ended(setup.node(), count)?;
+    work(&mut lasting, false)?;
+    Ok(())
 }
 
 /// An endpoint that takes no new connections serves those that it has.
