@@ -255,7 +255,7 @@ fn begin_all(setup: &Setup, service: u8) -> Result<Vec<(String, OwnedFd)>> {
 #[test]
 fn connections_to_an_endpoint_that_came_back_go_on() -> TestResult {
     let setup = Setup::start_with("gone back", &ON, |_| {})?;
-    let (here, far) = (&setup.pods[0], &setup.pods[1]);
+    let (here, far) = (&setup.endpoints[0], &setup.endpoints[1]);
     // The look at all sockets that begins with the agent is over.
     wait_ended(setup.node(), 0)?;
     // The agent takes namespaces in the order of their paths.
