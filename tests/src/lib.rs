@@ -20,6 +20,7 @@ pub mod packet;
 pub mod pod;
 pub mod process;
 pub mod reaper;
+pub mod sctp;
 pub mod snapshot;
 pub mod traffic;
 pub mod wait;

@@ -14,6 +14,7 @@ use crate::{
     cni::Call,
     netns::{self, NetNs},
     objects::{self, Endpoint, Objects},
+    sctp,
     traffic::Server,
 };
 
@@ -176,6 +177,21 @@ impl Pod {
         self.addresses
             .iter()
             .map(|address| Server::start(&self.netns, SocketAddr::new(*address, port), &self.name))
+            .collect()
+    }
+
+    /// As [`Pod::serve`], over SCTP.
+    ///
+    /// # Errors
+    ///
+    /// When the pod lost an address.
+    pub fn serve_sctp(&self, port: u16) -> Result<Vec<sctp::Server>> {
+        let addresses = self.addresses.iter();
+        addresses
+            .map(|address| {
+                let address = SocketAddr::new(*address, port);
+                sctp::Server::start(&self.netns, address, &self.name)
+            })
             .collect()
     }
 }

@@ -17,14 +17,14 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::netns::NetNs;
+use crate::{netns::NetNs, sctp};
 
 /// How long a client waits for a connection or an answer.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
 /// How often servers look whether they shall stop.
-const POLL: Duration = Duration::from_millis(50);
+pub(crate) const POLL: Duration = Duration::from_millis(50);
 /// Largest datagram.
-const DATAGRAM: usize = 65_535;
+pub(crate) const DATAGRAM: usize = 65_535;
 /// Unit of transfers, bytes.
 const BLOCK: usize = 65_536;
 
@@ -35,10 +35,12 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP, by [`crate::sctp`].
+    Sctp,
 }
 
 impl Protocol {
-    /// Both.
+    /// TCP and UDP, which every [`Server`] serves.
     pub const ALL: [Self; 2] = [Self::Tcp, Self::Udp];
 
     /// As Kubernetes writes it.
@@ -47,6 +49,7 @@ impl Protocol {
         match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         }
     }
 }
@@ -408,14 +411,15 @@ pub fn udp_name(to: SocketAddr, length: usize) -> Result<String> {
         .with_context(|| format!("ask {to} over UDP with {length} bytes"))
 }
 
-/// The server's name, over either protocol.
+/// The server's name, over any protocol.
 ///
 /// # Errors
 ///
-/// As [`tcp_name`] and [`udp_name`].
+/// As [`tcp_name`], [`udp_name`] and [`sctp::name`].
 pub fn name(protocol: Protocol, to: SocketAddr) -> Result<String> {
     match protocol {
         Protocol::Tcp => tcp_name(to),
         Protocol::Udp => udp_name(to, 32),
+        Protocol::Sctp => sctp::name(to),
     }
 }

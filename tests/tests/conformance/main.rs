@@ -12,6 +12,7 @@ mod endpoint_slices;
 mod host_port;
 mod networking;
 mod node_port;
+mod sctp;
 mod services;
 mod stray;
 mod support;
