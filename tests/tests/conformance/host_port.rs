@@ -9,7 +9,7 @@ use weir_tests::{
     traffic::{Protocol, Server},
 };
 
-use super::support::{is_served_by, is_unreachable};
+use super::support::{is_refused, is_served_by};
 
 const HOST_PORT: u16 = 54_323;
 const CONTAINER_PORT: u16 = 8080;
@@ -80,7 +80,7 @@ fn host_ports_are_told_apart_by_address_and_protocol() -> TestResult {
             pod.delete()?;
         }
         for (_, host_ip, protocol) in asked {
-            is_unreachable(&node.netns, protocol, SocketAddr::new(host_ip, HOST_PORT))?;
+            is_refused(&node.netns, protocol, SocketAddr::new(host_ip, HOST_PORT))?;
         }
     }
     Ok(())

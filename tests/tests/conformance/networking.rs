@@ -14,7 +14,7 @@ use weir_tests::{
 };
 
 use super::support::{
-    Backends, PORT, TARGET, is_down, is_served_by, is_unreachable, is_up, name, service,
+    Backends, PORT, TARGET, is_down, is_refused, is_served_by, is_unreachable, is_up, name, service,
 };
 
 const NODE_PORT: u16 = 30_080;
@@ -118,7 +118,7 @@ fn node_ports_function_and_are_removed() -> TestResult {
     for from in clients {
         for address in &node.addresses {
             for protocol in Protocol::ALL {
-                is_unreachable(from, protocol, SocketAddr::new(*address, NODE_PORT))?;
+                is_refused(from, protocol, SocketAddr::new(*address, NODE_PORT))?;
             }
         }
     }

@@ -2,8 +2,8 @@
 //! `test/e2e/common/network/networking.go`: the "Granular Checks" with `sctp` and those of "SCTP
 //! [LinuxOnly]". Both families; clients and servers speak it over raw sockets ([`sctp`]) and check
 //! every packet's CRC. A Service's port is that of its endpoints: SCTP's cannot be translated, and
-//! one that would have to be is refused with a reason (`agent/tests/program/services.rs`,
-//! `services_without_an_answer`, and the golden case `sctp-port-changed` of the model).
+//! one that would have to be is dropped with a reason (`agent/tests/program/services.rs`,
+//! `ports_and_protocols_that_no_service_has`) and named as a problem (`agent/tests/model/cases/sctp.yaml`).
 
 use std::net::{IpAddr, SocketAddr};
 
