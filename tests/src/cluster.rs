@@ -47,13 +47,35 @@ impl Families {
     }
 }
 
-/// TCP connections to Services are translated at the socket, the agent's default.
-pub const BY_SOCKET: &[&str] = &[];
-/// They are translated packet by packet, as UDP always is: arguments for
-/// [`ClusterBuilder::agent_arguments`].
-pub const BY_PACKET: &[&str] = &["--socket-translation", "false"];
-/// Both.
-pub const BOTH_WAYS: [&[&str]; 2] = [BY_SOCKET, BY_PACKET];
+/// Where TCP connections to Services are translated.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Way {
+    /// At the socket, the agent's default.
+    BySocket,
+    /// Packet by packet, as UDP always is.
+    ByPacket,
+}
+
+impl Way {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::BySocket, Self::ByPacket];
+
+    const fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::BySocket => &[],
+            Self::ByPacket => &["--socket-translation", "false"],
+        }
+    }
+
+    /// What [`Cluster::translated_at_sockets`] must say after that many connections.
+    #[must_use]
+    pub const fn translated(self, connections: u64) -> u64 {
+        match self {
+            Self::BySocket => connections,
+            Self::ByPacket => 0,
+        }
+    }
+}
 
 /// What a cluster shall be like.
 #[derive(Clone, Debug)]
@@ -85,6 +107,12 @@ impl ClusterBuilder {
     pub const fn mtu(mut self, mtu: u32) -> Self {
         self.mtu = mtu;
         self
+    }
+
+    /// Where the agents have TCP connections translated; at the socket if not set.
+    #[must_use]
+    pub fn translation(self, way: Way) -> Self {
+        self.agent_arguments(way.arguments())
     }
 
     /// More arguments for every agent.
@@ -447,6 +475,18 @@ impl Cluster {
     /// With what `weir wait --applied` says.
     pub fn wait_applied(&self) -> Result<()> {
         self.nodes.iter().try_for_each(Node::wait_applied)
+    }
+
+    /// Connections that were translated at the sockets of any node and its pods since the cluster began.
+    ///
+    /// # Errors
+    ///
+    /// When `weir bpf metrics list` fails.
+    pub fn translated_at_sockets(&self) -> Result<u64> {
+        let nodes = self.nodes.iter();
+        nodes
+            .map(|node| node.outcomes("socket", "TRANSLATED"))
+            .sum()
     }
 
     /// Turns checksum and segmentation offloads on or off on every device of the underlay and of the nodes.

@@ -141,6 +141,24 @@ impl Node {
             .sum())
     }
 
+    /// Packets, or calls of sockets, that ended in an outcome at a hook since the agent's maps were made.
+    ///
+    /// # Errors
+    ///
+    /// When `weir bpf metrics list` fails.
+    pub fn outcomes(&self, hook: &str, name: &str) -> Result<u64> {
+        let rows = self.weir_json(&["bpf", "metrics", "list"])?;
+        let rows = rows
+            .as_array()
+            .context("`weir bpf metrics list -o json` is no list")?;
+        // Counters of zero are left out.
+        Ok(rows
+            .iter()
+            .filter(|row| row["hook"] == hook && row["name"] == name)
+            .filter_map(|row| number(&row["packets"]))
+            .sum())
+    }
+
     /// What a reboot does: the agent is gone, its directories are empty, devices of pods are gone.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use weir_tests::{
     Cluster, Pod, TestResult,
-    cluster::{BY_PACKET, cluster_ips},
+    cluster::{Way, cluster_ips},
     load::Load,
     process, rounds,
     traffic::{self, Connection, Protocol, Server},
@@ -32,7 +32,7 @@ impl Bed {
     fn new(name: &str, arguments: &[&str]) -> Result<Self> {
         // What the programs translate is what can be lost.
         let cluster = Cluster::builder(name)
-            .agent_arguments(BY_PACKET)
+            .translation(Way::ByPacket)
             .agent_arguments(arguments)
             .start()?;
         let client = cluster.pod("node1", "client")?;

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use weir_tests::{
     Cluster, Pod, TestResult,
-    cluster::{BOTH_WAYS, cluster_ips},
+    cluster::{Way, cluster_ips},
     load::Load,
     node::number,
     traffic::{self, Protocol, Server, UdpClient},
@@ -47,8 +47,8 @@ fn spread(
 
 #[test]
 fn connections_spread_over_all_endpoints() -> TestResult {
-    for way in BOTH_WAYS {
-        let cluster = Cluster::builder("spread").agent_arguments(way).start()?;
+    for way in Way::BOTH {
+        let cluster = Cluster::builder("spread").translation(way).start()?;
         let client = cluster.pod("node1", "client")?;
         let (pods, _running) = servers(&cluster, 5)?;
         let vips = cluster_ips(10);
@@ -67,15 +67,18 @@ fn connections_spread_over_all_endpoints() -> TestResult {
                 }
             }
         }
+        let translated = cluster.translated_at_sockets()?;
+        assert_eq!(translated, way.translated(2 * u64::from(TRIES)));
     }
     Ok(())
 }
 
 #[test]
 fn a_removed_endpoint_gets_nothing_once_that_is_applied() -> TestResult {
-    for way in BOTH_WAYS {
+    const TRIES: u32 = 60;
+    for way in Way::BOTH {
         let cluster = Cluster::builder("removed endpoint")
-            .agent_arguments(way)
+            .translation(way)
             .start()?;
         let client = cluster.pod("node1", "client")?;
         let (pods, _running) = servers(&cluster, 3)?;
@@ -92,7 +95,7 @@ fn a_removed_endpoint_gets_nothing_once_that_is_applied() -> TestResult {
             cluster.wait_applied()?;
             for vip in vips {
                 for protocol in Protocol::ALL {
-                    let counts = spread(&client, protocol, SocketAddr::new(vip, 80), 60)?;
+                    let counts = spread(&client, protocol, SocketAddr::new(vip, 80), TRIES)?;
                     assert_eq!(
                         counts.get(&gone.name),
                         None,
@@ -102,6 +105,9 @@ fn a_removed_endpoint_gets_nothing_once_that_is_applied() -> TestResult {
                 }
             }
         }
+        // From each of three removals to both addresses.
+        let translated = cluster.translated_at_sockets()?;
+        assert_eq!(translated, way.translated(3 * 2 * u64::from(TRIES)));
     }
     Ok(())
 }
@@ -132,10 +138,8 @@ fn a_udp_flow_leaves_a_removed_endpoint_at_its_next_packet() -> TestResult {
 
 #[test]
 fn a_tcp_connection_outlives_the_removal_of_its_endpoint() -> TestResult {
-    for way in BOTH_WAYS {
-        let cluster = Cluster::builder("tcp drains")
-            .agent_arguments(way)
-            .start()?;
+    for way in Way::BOTH {
+        let cluster = Cluster::builder("tcp drains").translation(way).start()?;
         let client = cluster.pod("node1", "client")?;
         let (pods, _running) = servers(&cluster, 2)?;
         let vips = cluster_ips(10);
@@ -154,6 +158,7 @@ fn a_tcp_connection_outlives_the_removal_of_its_endpoint() -> TestResult {
             let name = client.run(|| traffic::tcp_name(SocketAddr::new(vip, 80)))?;
             assert_eq!(name, pods[1].name);
         }
+        assert_eq!(cluster.translated_at_sockets()?, way.translated(4));
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context as _, Result, ensure};
 use weir_tests::{
     Cluster, Pod, TestResult,
-    cluster::{BOTH_WAYS, cluster_ips},
+    cluster::{Way, cluster_ips},
     netns::NetNs,
     objects::Endpoint,
     traffic::{self, Protocol},
@@ -88,13 +88,20 @@ fn pods_reach_nodes() -> TestResult {
     Ok(())
 }
 
-/// A pod on node1 reaches a dual-stack Service with the given endpoints, whichever it gets.
-fn reaches_service(cluster: &Cluster, client: &Pod, endpoints: &[Endpoint]) -> Result<()> {
+/// A pod on node1 reaches a dual-stack Service with the given endpoints, whichever it gets, and this `way`.
+fn reaches_service(
+    cluster: &Cluster,
+    way: Way,
+    client: &Pod,
+    endpoints: &[Endpoint],
+) -> Result<()> {
+    const TRIES: u64 = 20;
     let vips = cluster_ips(10);
+    let before = cluster.translated_at_sockets()?;
     cluster.service("web", &vips, PORT, endpoints)?;
     for (vip, protocol) in vips.iter().flat_map(|ip| Protocol::ALL.map(|p| (*ip, p))) {
         let to = SocketAddr::new(vip, 80);
-        for _ in 0..20 {
+        for _ in 0..TRIES {
             let name = client
                 .run(|| traffic::name(protocol, to))
                 .with_context(|| format!("{to} over {protocol:?}"))?;
@@ -108,14 +115,21 @@ fn reaches_service(cluster: &Cluster, client: &Pod, endpoints: &[Endpoint]) -> R
             client.run(|| traffic::Connection::open(to)?.transfer(1 << 20, 1 << 20))?;
         }
     }
+    let translated = cluster.translated_at_sockets()? - before;
+    // To both addresses, with a transfer each.
+    let expected = way.translated(2 * (TRIES + 1));
+    ensure!(
+        translated == expected,
+        "{way:?}: {translated} connections were translated at the socket instead of {expected}"
+    );
     Ok(())
 }
 
 #[test]
 fn services_with_endpoints_on_both_nodes() -> TestResult {
-    for way in BOTH_WAYS {
+    for way in Way::BOTH {
         let cluster = Cluster::builder("service on both nodes")
-            .agent_arguments(way)
+            .translation(way)
             .start()?;
         let client = cluster.pod("node1", "client")?;
         let servers = [cluster.pod("node1", "s1")?, cluster.pod("node2", "s2")?];
@@ -124,7 +138,7 @@ fn services_with_endpoints_on_both_nodes() -> TestResult {
             running.extend(server.serve(PORT)?);
         }
         let endpoints: Vec<_> = servers.iter().flat_map(Pod::endpoints).collect();
-        reaches_service(&cluster, &client, &endpoints)?;
+        reaches_service(&cluster, way, &client, &endpoints)?;
         for server in &running {
             assert!(server.accepted() > 0, "an endpoint got no connection");
         }
@@ -134,34 +148,34 @@ fn services_with_endpoints_on_both_nodes() -> TestResult {
 
 #[test]
 fn services_with_endpoints_on_the_own_node_only() -> TestResult {
-    for way in BOTH_WAYS {
+    for way in Way::BOTH {
         let cluster = Cluster::builder("service on own node")
-            .agent_arguments(way)
+            .translation(way)
             .start()?;
         let client = cluster.pod("node1", "client")?;
         let server = cluster.pod("node1", "server")?;
         let _servers = server.serve(PORT)?;
-        reaches_service(&cluster, &client, &server.endpoints())?;
+        reaches_service(&cluster, way, &client, &server.endpoints())?;
     }
     Ok(())
 }
 
 #[test]
 fn a_pod_reaches_itself_through_its_service() -> TestResult {
-    for way in BOTH_WAYS {
-        let cluster = Cluster::builder("hairpin").agent_arguments(way).start()?;
+    for way in Way::BOTH {
+        let cluster = Cluster::builder("hairpin").translation(way).start()?;
         let client = cluster.pod("node1", "client")?;
         let _servers = client.serve(PORT)?;
-        reaches_service(&cluster, &client, &client.endpoints())?;
+        reaches_service(&cluster, way, &client, &client.endpoints())?;
     }
     Ok(())
 }
 
 #[test]
 fn services_with_endpoints_in_the_host_network() -> TestResult {
-    for way in BOTH_WAYS {
+    for way in Way::BOTH {
         let cluster = Cluster::builder("service in host network")
-            .agent_arguments(way)
+            .translation(way)
             .start()?;
         let client = cluster.pod("node1", "client")?;
         // The own node is the one where the reply does not come in from a device.
@@ -172,7 +186,7 @@ fn services_with_endpoints_in_the_host_network() -> TestResult {
                 .iter()
                 .map(|address| Endpoint::ready(*address, &node.name, ""))
                 .collect();
-            reaches_service(&cluster, &client, &endpoints)?;
+            reaches_service(&cluster, way, &client, &endpoints)?;
         }
     }
     Ok(())
@@ -199,10 +213,8 @@ fn single_stack_clusters_work() -> TestResult {
 
 #[test]
 fn two_services_with_one_endpoint_do_not_mix() -> TestResult {
-    for way in BOTH_WAYS {
-        let cluster = Cluster::builder("two services")
-            .agent_arguments(way)
-            .start()?;
+    for way in Way::BOTH {
+        let cluster = Cluster::builder("two services").translation(way).start()?;
         let client = cluster.pod("node1", "client")?;
         let server = cluster.pod("node2", "server")?;
         let _servers = server.serve(PORT)?;
@@ -213,6 +225,7 @@ fn two_services_with_one_endpoint_do_not_mix() -> TestResult {
         for vip in [10, 11].into_iter().flat_map(cluster_ips) {
             reaches(&client.netns, vip, 80, "server")?;
         }
+        assert_eq!(cluster.translated_at_sockets()?, way.translated(4));
     }
     Ok(())
 }

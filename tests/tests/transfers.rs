@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context as _, Result};
 use weir_tests::{
     Cluster, Pod, TestResult,
-    cluster::{BY_PACKET, cluster_ips},
+    cluster::{Way, cluster_ips},
     traffic::{self, Connection},
     wait_until,
 };
@@ -27,7 +27,7 @@ impl Bed {
         // At the socket a transfer through a Service is one to its endpoint.
         let cluster = Cluster::builder(name)
             .mtu(mtu)
-            .agent_arguments(BY_PACKET)
+            .translation(Way::ByPacket)
             .start()?;
         let client = cluster.pod("node1", "client")?;
         let mut servers = Vec::new();
