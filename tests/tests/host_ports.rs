@@ -1,9 +1,17 @@
 //! Host ports as the runtime hands them on: who gets one, who is refused, and how long it is kept.
 
-use std::time::Duration;
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
+use anyhow::{Context as _, ensure};
 use serde_json::json;
-use weir_tests::{Cluster, Node, TestResult, wait_until};
+use weir_tests::{
+    Cluster, Node, TestResult,
+    traffic::{self, Protocol},
+    wait_until,
+};
 
 /// `POD HOST-PORT/PROTOCOL` of every host port on a node.
 fn host_ports(node: &Node) -> anyhow::Result<Vec<String>> {
@@ -36,8 +44,8 @@ fn a_host_port_has_one_pod_until_that_is_gone() -> TestResult {
     };
     let first = add("first", "tcp", "127.0.0.1")?;
     let second = add("second", "tcp", &v4.to_string())?;
-    let _third = add("third", "udp", &v4.to_string())?;
-    let _fourth = add("fourth", "tcp", &v6.to_string())?;
+    let third = add("third", "udp", &v4.to_string())?;
+    let fourth = add("fourth", "tcp", &v6.to_string())?;
     let expected = ["first TCP", "second TCP", "third UDP", "fourth TCP"];
     let expected = expected.map(|pod| pod.replace(' ', " 54323/"));
     let mut shown = host_ports(node)?;
@@ -66,11 +74,37 @@ fn a_host_port_has_one_pod_until_that_is_gone() -> TestResult {
     // On another node it is free.
     cluster.pod_with_host_ports("node2", "elsewhere", &mapping("tcp", ""))?;
 
+    let servers = [&first, &second, &third, &fourth].map(|pod| pod.serve(8080));
+    let servers: Vec<_> = servers.into_iter().collect::<Result<_, _>>()?;
+    let client = cluster.pod("node1", "client")?;
+    let each_is_reached = |when: &str| -> anyhow::Result<()> {
+        let localhost = IpAddr::from([127, 0, 0, 1]);
+        for (from, name, protocol, host_ip) in [
+            (&*node.netns, "first", Protocol::Tcp, localhost),
+            (&client.netns, "second", Protocol::Tcp, v4),
+            (&*node.netns, "second", Protocol::Tcp, v4),
+            (&client.netns, "third", Protocol::Udp, v4),
+            (&*node.netns, "third", Protocol::Udp, v4),
+            (&client.netns, "fourth", Protocol::Tcp, v6),
+            (&*node.netns, "fourth", Protocol::Tcp, v6),
+        ] {
+            let to = SocketAddr::new(host_ip, 54323);
+            let answered = from.run(|| traffic::name(protocol, to));
+            let answered = answered.with_context(|| format!("{name} {when}"))?;
+            ensure!(answered == name, "{answered} answered at {to} {when}");
+        }
+        Ok(())
+    };
+    each_is_reached("at first")?;
     node.kill9_agent()?;
+    each_is_reached("without an agent")?;
     node.start_agent()?;
     let mut after = host_ports(node)?;
     after.sort_by_key(|port| expected.iter().position(|known| known == port));
     assert_eq!(after, expected, "kept over a restart");
+    each_is_reached("after the restart")?;
+    // Sockets hold their namespace.
+    drop(servers);
     add("late", "tcp", &v4.to_string())
         .map_or_else(|_| Ok(()), |_| anyhow::bail!("{v4} is taken"))?;
 
