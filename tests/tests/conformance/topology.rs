@@ -2,30 +2,69 @@
 //! the controller's work; here they are written as it would. Limit: 5 min (`KubeProxyLagTimeout`),
 //! ten requests in a row.
 
+use std::{net::IpAddr, ops::Range};
+
 use anyhow::Result;
 use serde_json::{Value, json};
-use weir_tests::{Cluster, Pod, TestResult, cluster::cluster_ips, objects};
+use weir_tests::{
+    Cluster, Pod, TestResult,
+    cluster::cluster_ips,
+    objects::{self, Endpoint},
+};
 
 use super::support::{Backends, apply_slices, is_up, terminating};
 
-/// A cluster whose nodes are in these zones, in their order.
-fn cluster_in_zones(name: &str, zones: &[&str]) -> Result<Cluster> {
-    let cluster = Cluster::builder(name).nodes(zones.len()).start()?;
-    for (node, zone) in cluster.nodes().iter().zip(zones) {
-        let mut object = objects::node(&node.name, &node.addresses, &node.pod_cidrs);
-        object["metadata"]["labels"]["topology.kubernetes.io/zone"] = (*zone).into();
-        cluster.apply(&object)?;
-    }
-    cluster.wait_applied()?;
-    Ok(cluster)
+const SERVICE: &str = "traffic-dist";
+
+/// A cluster whose nodes are in zones, servers on some nodes, and a client on each.
+struct Bed {
+    cluster: Cluster,
+    backends: Backends,
+    clients: Vec<Pod>,
+    vips: [IpAddr; 2],
 }
 
-fn clients(cluster: &Cluster) -> Result<Vec<Pod>> {
-    cluster
-        .nodes()
-        .iter()
-        .map(|node| cluster.pod(&node.name, &format!("client-{}", node.name)))
-        .collect()
+impl Bed {
+    /// `zones` are those of the nodes in their order; `servers` names the nodes with a server.
+    fn start(name: &str, zones: &[&str], servers: &[&str]) -> Result<Self> {
+        let cluster = Cluster::builder(name).nodes(zones.len()).start()?;
+        for (node, zone) in cluster.nodes().iter().zip(zones) {
+            let mut object = objects::node(&node.name, &node.addresses, &node.pod_cidrs);
+            object["metadata"]["labels"]["topology.kubernetes.io/zone"] = (*zone).into();
+            cluster.apply(&object)?;
+        }
+        cluster.wait_applied()?;
+        let nodes = cluster.nodes().iter();
+        let clients = nodes.map(|node| cluster.pod(&node.name, &format!("client-{}", node.name)));
+        Ok(Self {
+            backends: Backends::start(&cluster, "server-", servers)?,
+            clients: clients.collect::<Result<_>>()?,
+            cluster,
+            vips: cluster_ips(10),
+        })
+    }
+
+    /// All servers become the Service's endpoints, with what the controller writes for `distribution`.
+    fn serve(&self, distribution: &str, hints: impl Fn(usize, &mut Value)) -> Result<()> {
+        self.backends
+            .serve(&self.cluster, SERVICE, &self.vips, |service| {
+                service["spec"]["trafficDistribution"] = distribution.into();
+            })?;
+        self.change(&self.backends.endpoints(), hints)
+    }
+
+    fn change(&self, endpoints: &[Endpoint], hints: impl Fn(usize, &mut Value)) -> Result<()> {
+        apply_slices(&self.cluster, SERVICE, endpoints, hints)
+    }
+
+    /// Requires that the client on each node (the first has number 0) is answered by just these servers.
+    fn reach(&self, wanted: &[(usize, Range<usize>)]) -> Result<()> {
+        for (client, servers) in wanted {
+            let names = &self.backends.names()[servers.clone()];
+            is_up(&self.clients[*client].netns, &self.vips, names)?;
+        }
+        Ok(())
+    }
 }
 
 /// What the controller writes for `PreferSameZone`, `PreferClose` and topology mode `Auto`.
@@ -40,140 +79,87 @@ fn for_node(endpoint: &mut Value, zone: &str) {
     endpoint["hints"]["forNodes"] = json!([{"name": endpoint["nodeName"]}]);
 }
 
-fn prefer(distribution: &str) -> impl FnOnce(&mut Value) {
-    move |service| service["spec"]["trafficDistribution"] = distribution.into()
-}
-
 /// "should route traffic to an endpoint in the same zone when using PreferClose" and "… when using
 /// PreferSameZone"; "should distribute endpoints evenly" (keeping requests in the same zone).
 #[test]
 fn traffic_stays_in_its_zone() -> TestResult {
     const ZONES: [&str; 3] = ["a", "b", "c"];
-    let cluster = cluster_in_zones("zones", &ZONES)?;
-    let backends = Backends::start(&cluster, "server-", &["node1", "node2"])?;
-    let clients = clients(&cluster)?;
-    let names = backends.names();
-    let vips = cluster_ips(10);
+    let bed = Bed::start("zones", &ZONES, &["node1", "node2"])?;
     for distribution in ["PreferClose", "PreferSameZone"] {
-        backends.serve(&cluster, "traffic-dist", &vips, prefer(distribution))?;
-        apply_slices(
-            &cluster,
-            "traffic-dist",
-            &backends.endpoints(),
-            |number, endpoint| for_zone(endpoint, ZONES[number]),
-        )?;
-        is_up(&clients[0].netns, &vips, &names[..1])?;
-        is_up(&clients[1].netns, &vips, &names[1..])?;
-        // No endpoint in this zone: all are used.
-        is_up(&clients[2].netns, &vips, &names)?;
+        bed.serve(distribution, |number, endpoint| {
+            for_zone(endpoint, ZONES[number]);
+        })?;
+        // No endpoint in the third zone: all are used.
+        bed.reach(&[(0, 0..1), (1, 1..2), (2, 0..2)])?;
     }
     Ok(())
 }
+
+/// Two zones of two nodes each, one of a single node; the servers are in the first two.
+const FIVE_NODES: [&str; 5] = ["a", "a", "b", "b", "c"];
+const THREE_SERVERS: [&str; 3] = ["node1", "node2", "node4"];
+const THEIR_ZONES: [&str; 3] = ["a", "a", "b"];
 
 /// "should route traffic correctly between pods on multiple nodes when using PreferClose" and "…
 /// when using PreferSameZone".
 #[test]
 fn traffic_stays_in_a_zone_of_several_nodes() -> TestResult {
-    const ZONES: [&str; 5] = ["a", "a", "b", "b", "c"];
-    let cluster = cluster_in_zones("zones of nodes", &ZONES)?;
-    let on = ["node1", "node2", "node4"];
-    let backends = Backends::start(&cluster, "server-", &on)?;
-    let clients = clients(&cluster)?;
-    let names = backends.names();
-    let vips = cluster_ips(10);
-    backends.serve(&cluster, "traffic-dist", &vips, prefer("PreferSameZone"))?;
-    apply_slices(
-        &cluster,
-        "traffic-dist",
-        &backends.endpoints(),
-        |number, endpoint| for_zone(endpoint, ["a", "a", "b"][number]),
-    )?;
-    is_up(&clients[0].netns, &vips, &names[..2])?;
-    is_up(&clients[1].netns, &vips, &names[..2])?;
-    is_up(&clients[2].netns, &vips, &names[2..])?;
-    Ok(is_up(&clients[4].netns, &vips, &names)?)
+    let bed = Bed::start("zones of nodes", &FIVE_NODES, &THREE_SERVERS)?;
+    bed.serve("PreferSameZone", |number, endpoint| {
+        for_zone(endpoint, THEIR_ZONES[number]);
+    })?;
+    Ok(bed.reach(&[(0, 0..2), (1, 0..2), (2, 2..3), (4, 0..3)])?)
 }
 
 /// "should route traffic to an endpoint on the same node or fall back to same zone when using
 /// PreferSameNode".
 #[test]
 fn traffic_stays_on_its_node_or_in_its_zone() -> TestResult {
-    const ZONES: [&str; 5] = ["a", "a", "b", "b", "c"];
-    let cluster = cluster_in_zones("same node", &ZONES)?;
-    let on = ["node1", "node2", "node4"];
-    let backends = Backends::start(&cluster, "server-", &on)?;
-    let clients = clients(&cluster)?;
-    let names = backends.names();
-    let vips = cluster_ips(10);
-    backends.serve(&cluster, "traffic-dist", &vips, prefer("PreferSameNode"))?;
-    apply_slices(
-        &cluster,
-        "traffic-dist",
-        &backends.endpoints(),
-        |number, endpoint| for_node(endpoint, ["a", "a", "b"][number]),
-    )?;
-    is_up(&clients[0].netns, &vips, &names[..1])?;
-    is_up(&clients[1].netns, &vips, &names[1..2])?;
-    is_up(&clients[2].netns, &vips, &names[2..])?;
-    Ok(is_up(&clients[4].netns, &vips, &names)?)
+    let bed = Bed::start("same node", &FIVE_NODES, &THREE_SERVERS)?;
+    bed.serve("PreferSameNode", |number, endpoint| {
+        for_node(endpoint, THEIR_ZONES[number]);
+    })?;
+    Ok(bed.reach(&[(0, 0..1), (1, 1..2), (2, 2..3), (4, 0..3)])?)
 }
 
 /// "should route traffic to an endpoint on the same node when using PreferSameNode and fall back
 /// when the endpoint becomes unavailable".
 #[test]
 fn traffic_leaves_its_node_while_the_endpoint_is_away() -> TestResult {
-    let cluster = cluster_in_zones("same node, away", &["a", "a"])?;
-    let backends = Backends::start(&cluster, "server-", &["node1", "node2"])?;
-    let clients = clients(&cluster)?;
-    let names = backends.names();
-    let vips = cluster_ips(10);
-    let endpoints = backends.endpoints();
-    backends.serve(&cluster, "traffic-dist", &vips, prefer("PreferSameNode"))?;
+    let bed = Bed::start("same node, away", &["a", "a"], &["node1", "node2"])?;
     let hints = |_: usize, endpoint: &mut Value| for_node(endpoint, "a");
-    let first_address = &backends.pods[0].addresses;
+    bed.serve("PreferSameNode", hints)?;
+    let endpoints = bed.backends.endpoints();
+    let first_address = &bed.backends.pods[0].addresses;
     let without_first: Vec<_> = endpoints
         .iter()
         .filter(|endpoint| !first_address.contains(&endpoint.address))
         .cloned()
         .collect();
     for _ in 0..2 {
-        apply_slices(&cluster, "traffic-dist", &endpoints, hints)?;
-        is_up(&clients[0].netns, &vips, &names[..1])?;
-        is_up(&clients[1].netns, &vips, &names[1..])?;
-        apply_slices(&cluster, "traffic-dist", &without_first, hints)?;
-        is_up(&clients[0].netns, &vips, &names[1..])?;
-        is_up(&clients[1].netns, &vips, &names[1..])?;
+        bed.reach(&[(0, 0..1), (1, 1..2)])?;
+        bed.change(&without_first, hints)?;
+        bed.reach(&[(0, 1..2), (1, 1..2)])?;
+        bed.change(&endpoints, hints)?;
     }
     // One that terminates while another is ready is away too.
-    apply_slices(&cluster, "traffic-dist", &endpoints, |number, endpoint| {
+    bed.change(&endpoints, |number, endpoint| {
         for_node(endpoint, "a");
         if number == 0 {
             terminating(endpoint);
         }
     })?;
-    Ok(is_up(&clients[0].netns, &vips, &names[1..])?)
+    Ok(bed.reach(&[(0, 1..2)])?)
 }
 
 /// Documented with topology aware routing: when one ready endpoint has no hint, none counts.
 #[test]
 fn a_missing_hint_turns_hints_off() -> TestResult {
-    let cluster = cluster_in_zones("missing hint", &["a", "b"])?;
-    let backends = Backends::start(&cluster, "server-", &["node1", "node2"])?;
-    let clients = clients(&cluster)?;
-    let vips = cluster_ips(10);
-    backends.serve(&cluster, "traffic-dist", &vips, prefer("PreferSameZone"))?;
-    apply_slices(
-        &cluster,
-        "traffic-dist",
-        &backends.endpoints(),
-        |number, endpoint| {
-            if number == 0 {
-                for_zone(endpoint, "a");
-            }
-        },
-    )?;
-    for client in &clients {
-        is_up(&client.netns, &vips, &backends.names())?;
-    }
-    Ok(())
+    let bed = Bed::start("missing hint", &["a", "b"], &["node1", "node2"])?;
+    bed.serve("PreferSameZone", |number, endpoint| {
+        if number == 0 {
+            for_zone(endpoint, "a");
+        }
+    })?;
+    Ok(bed.reach(&[(0, 0..2), (1, 0..2)])?)
 }
