@@ -12,6 +12,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod cluster;
 pub mod cni;
+pub mod kube_proxy;
 pub mod load;
 pub mod netns;
 pub mod node;

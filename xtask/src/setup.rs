@@ -57,6 +57,9 @@ fn go(scope: Scope, verbose: bool) -> Result<()> {
             ("ip", "iproute2"),
             ("ethtool", "ethtool"),
             ("ping", "iputils-ping"),
+            // Tests beside kube-proxy's rules.
+            ("iptables-nft-restore", "iptables"),
+            ("nft", "nftables"),
         ];
         prerequisites::debian_programs(&programs)?
             .into_iter()
