@@ -96,13 +96,19 @@ impl GoneEndpoints {
             tracing::warn!(problem, "while ending sockets whose endpoint is gone");
         }
         self.problems = outcome.problems;
-        tracing::info!(
-            ended = outcome.ended,
-            failed = outcome.failed,
-            namespaces = outcome.namespaces,
-            milliseconds = outcome.took.as_millis(),
-            "looked for sockets whose endpoint is gone"
-        );
+        let milliseconds = outcome.took.as_millis();
+        let Outcome {
+            ended,
+            failed,
+            namespaces,
+            ..
+        } = outcome;
+        let text = "looked for sockets whose endpoint is gone";
+        if ended + failed > 0 {
+            tracing::info!(ended, failed, namespaces, milliseconds, "{text}");
+        } else {
+            tracing::debug!(namespaces, milliseconds, "{text}");
+        }
     }
 }
 
@@ -197,5 +203,65 @@ impl Agent {
             })
             .and_then(|(key, _)| self.model.service(key))
             .is_some_and(|port| !port.has_endpoint(&socket.backend))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::objects::{Family, ObjectName};
+
+    fn lost(protocol: Protocol, port: u16) -> BTreeMap<ServicePortKey, Vec<BackendAddress>> {
+        let key = ServicePortKey {
+            owner: ObjectName::new("shop", "web").into(),
+            port_name: String::new(),
+            protocol,
+            family: Family::V4,
+            port: 80,
+        };
+        let address = "10.0.0.1".parse().unwrap();
+        BTreeMap::from([(key, vec![BackendAddress { address, port }])])
+    }
+
+    #[test]
+    fn only_lost_endpoints_of_tcp_are_looked_for() {
+        let mut gone = GoneEndpoints {
+            has_looked_at_all: true,
+            ..GoneEndpoints::default()
+        };
+        gone.note(lost(Protocol::Udp, 8080));
+        gone.note(lost(Protocol::Sctp, 8080));
+        gone.note(BTreeMap::new());
+        assert!(gone.since.is_none() && !gone.is_looking());
+        gone.note(lost(Protocol::Tcp, 8080));
+        let first = gone.since;
+        assert!(first.is_some() && gone.is_looking());
+        for port in [8080, 8081] {
+            gone.note(lost(Protocol::Tcp, port));
+        }
+        // Those that come later do not put off the first ones.
+        assert_eq!(gone.since, first);
+        let ports: Vec<usize> = gone.lost.values().map(HashSet::len).collect();
+        assert_eq!(ports, [2]);
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_dies_is_a_problem_and_ends_the_walk() {
+        let (sender, reports) = mpsc::channel(1);
+        let mut gone = GoneEndpoints {
+            has_looked_at_all: true,
+            walk: Some(Walk {
+                reports,
+                ports: HashMap::new(),
+            }),
+            ..GoneEndpoints::default()
+        };
+        drop(sender);
+        let Report::Done(outcome) = gone.next().await else {
+            panic!("a question of nobody");
+        };
+        gone.finish(outcome);
+        assert!(!gone.is_looking());
+        assert!(gone.problems[0].contains("has died"), "{:?}", gone.problems);
     }
 }

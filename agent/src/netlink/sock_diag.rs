@@ -118,7 +118,7 @@ impl SockDiag {
         })
     }
 
-    /// Whether this kernel reads the request for values of storages (5.7, commit `1ed4d92458a9`):
+    /// Whether this kernel reads the request for values of storages (5.7):
     /// then it refuses one with a descriptor that is no map. One that does not would list all sockets
     /// without them.
     ///
@@ -131,7 +131,7 @@ impl SockDiag {
         match self.exchange(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request, |_, _| {}) {
             Ok(()) => Ok(false),
             Err(error) => match error.raw_os_error() {
-                Some(libc::EBADF | libc::EINVAL) => Ok(true),
+                Some(libc::EBADF) => Ok(true),
                 _ => Err(error),
             },
         }
