@@ -24,6 +24,10 @@ pub mod scope {
     pub const OVERLAY: u8 = 3;
     /// Sent by the node itself, on its own device or on the loopback device (`from_host`).
     pub const NODE: u8 = 4;
+    /// Of fragments only: back from being put together (`from_defrag`). The datagram's identification
+    /// is zero there, and the 'ports' of [`crate::metrics::FragmentPorts`] are the interface index of the device that it
+    /// came in by, byte order of the machine.
+    pub const DEFRAG: u8 = 5;
 }
 
 /// A key of `FLOWS_V4` and `FLOWS_V6`: the tuple as it arrives at the hook.

@@ -6,7 +6,8 @@
 /// Default place of the four bits.
 pub const DEFAULT_MASK: u32 = 0x00f0_0000;
 
-/// The packet has been decided by a Weir program; later hooks on its way let it pass.
+/// The packet has been decided by a Weir program; later hooks on its way let it pass. On a fragment
+/// that comes in: it has been put together with the others of its datagram and cut again.
 pub const DONE: u32 = 0x1;
 /// The packet was sent by the node itself, not by a pod.
 pub const FROM_HOST: u32 = 0x2;

@@ -21,25 +21,29 @@ pub enum Hook {
     FromHost = 4,
     /// System calls on sockets; 'packets' are calls here.
     Socket = 5,
+    /// What comes back from the device behind which datagrams are put together.
+    FromDefrag = 6,
 }
 
 /// Hooks, in the order of their numbers.
-pub const HOOKS: [Hook; 6] = [
+pub const HOOKS: [Hook; 7] = [
     Hook::FromPod,
     Hook::ToPod,
     Hook::FromNetdev,
     Hook::ToNetdev,
     Hook::FromHost,
     Hook::Socket,
+    Hook::FromDefrag,
 ];
 
 /// Hooks at devices: each is one program of the hook's name.
-pub const DEVICE_HOOKS: [Hook; 5] = [
+pub const DEVICE_HOOKS: [Hook; 6] = [
     Hook::FromPod,
     Hook::ToPod,
     Hook::FromNetdev,
     Hook::ToNetdev,
     Hook::FromHost,
+    Hook::FromDefrag,
 ];
 
 impl Hook {
@@ -53,6 +57,7 @@ impl Hook {
             Self::ToNetdev => "to_netdev",
             Self::FromHost => "from_host",
             Self::Socket => "socket",
+            Self::FromDefrag => "from_defrag",
         }
     }
 }
@@ -70,6 +75,9 @@ pub mod outcome {
     pub const ANSWERED: u8 = 5;
     /// A socket's destination was translated.
     pub const TRANSLATED: u8 = 6;
+    /// Fragments sent to be put together, as they came before their first; at `from_defrag` those that
+    /// came back.
+    pub const DEFRAG: u8 = 7;
     /// New connections entered in the flow table.
     pub const FLOW_CREATED: u8 = 10;
     /// Connections removed from the full table because they had been idle for their time-out.
@@ -95,6 +103,7 @@ pub mod outcome {
         (REMOTE, "REMOTE"),
         (ANSWERED, "ANSWERED"),
         (TRANSLATED, "TRANSLATED"),
+        (DEFRAG, "DEFRAG"),
         (FLOW_CREATED, "FLOW_CREATED"),
         (FLOW_EXPIRED, "FLOW_EXPIRED"),
         (FLOW_EVICTED, "FLOW_EVICTED"),

@@ -195,7 +195,7 @@ pub fn as_received_by_host(ctx: &TcContext) -> Result<Verdict, DropReason> {
 /// Gives the frame Ethernet addresses, destination first: those that the host would have given it, as
 /// packet sockets in the pod and guests of virtual machines look at them.
 #[inline(always)]
-fn write_macs(ctx: &TcContext, addresses: [MacAddress; 2]) -> Result<(), DropReason> {
+pub fn write_macs(ctx: &TcContext, addresses: [MacAddress; 2]) -> Result<(), DropReason> {
     // SAFETY: plain bytes.
     let macs = unsafe { access::at::<[MacAddress; 2]>(ctx, 0) }.ok_or(DropReason::Malformed)?;
     // SAFETY: checked by `at`; nobody else holds a reference into the packet.

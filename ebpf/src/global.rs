@@ -10,7 +10,7 @@ use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use crate::{
     decide,
     family::{V4, V6},
-    flow, refuse,
+    flow, fragment, refuse,
 };
 
 /// See [`decide::decide`].
@@ -67,4 +67,32 @@ pub extern "C" fn refuse_v4(skb: *mut __sk_buff, sender: u32, reason: u32) -> u3
 #[inline(never)]
 pub extern "C" fn refuse_v6(skb: *mut __sk_buff, sender: u32, reason: u32) -> u32 {
     refuse::refuse::<V6>(&TcContext::new(skb), sender, reason)
+}
+
+/// See [`fragment::resolve`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn resolve_ports_v4(skb: *mut __sk_buff) -> u32 {
+    fragment::resolve::<V4>(&TcContext::new(skb))
+}
+
+/// See [`fragment::resolve`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn resolve_ports_v6(skb: *mut __sk_buff) -> u32 {
+    fragment::resolve::<V6>(&TcContext::new(skb))
+}
+
+/// See [`fragment::send_away`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn put_together_v4(skb: *mut __sk_buff, hook: u32, endpoint: u32) -> u32 {
+    fragment::send_away::<V4>(&TcContext::new(skb), hook, endpoint)
+}
+
+/// See [`fragment::send_away`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn put_together_v6(skb: *mut __sk_buff, hook: u32, endpoint: u32) -> u32 {
+    fragment::send_away::<V6>(&TcContext::new(skb), hook, endpoint)
 }

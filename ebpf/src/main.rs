@@ -108,6 +108,12 @@ mod entry {
         verdict::conclude(&ctx, Hook::FromHost, hooks::from_host::run(&ctx))
     }
 
+    /// tcx ingress on the device behind which datagrams are put together: what comes back.
+    #[classifier]
+    pub fn from_defrag(ctx: TcContext) -> i32 {
+        verdict::conclude(&ctx, Hook::FromDefrag, hooks::from_defrag::run(&ctx))
+    }
+
     /// tcx egress on the node's devices: all that leaves the node.
     #[classifier]
     pub fn to_netdev(ctx: TcContext) -> i32 {

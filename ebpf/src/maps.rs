@@ -117,6 +117,10 @@ pub static AFFINITY_TIMEOUTS: Array<u32, { limits::SERVICE_PORTS_DEFAULT as usiz
 #[btf_map]
 pub static REFUSALS: Array<u64, { limits::ENDPOINTS_MAX as usize }> = Array::new();
 
+/// Interface index of the device behind which the kernel puts datagrams together, 0 if there is none.
+#[btf_map]
+pub static DEFRAG: Array<u32, 1> = Array::new();
+
 /// What sockets remember of their translation.
 #[btf_map]
 pub static SOCKET_FRONTENDS: SkStorage<SocketFrontends> = SkStorage::new();

@@ -53,6 +53,8 @@ pub struct Packet<A> {
     pub is_unknown: u8,
     /// Bytes of the jumbo payload option of an offloaded packet. Its segments have none.
     pub jumbo_option: u8,
+    /// 1: it was put together with the others of its datagram and cut again.
+    pub has_come_back: u8,
     /// How it is translated; nothing as long as its flags are zero.
     pub rewrite: Rewrite<A>,
 }
@@ -76,6 +78,7 @@ impl<A: Address> Packet<A> {
         self.dont_fragment = 1;
         self.is_unknown = 0;
         self.jumbo_option = 0;
+        self.has_come_back = 0;
         self.rewrite.flags = 0;
     }
 

@@ -50,6 +50,18 @@ impl Verdict {
         Self::forwarded(outcome::REMOTE, action)
     }
 
+    /// Redirected to be put together with the others of its datagram, or back from there.
+    #[inline(always)]
+    pub const fn defragmented(action: i32) -> Self {
+        Self::forwarded(outcome::DEFRAG, action)
+    }
+
+    /// Whether it is no drop.
+    #[inline(always)]
+    pub const fn forwards(self) -> bool {
+        self.0 & FORWARDED != 0
+    }
+
     /// The packet was turned into its answer and redirected back.
     #[inline(always)]
     pub const fn answered(action: i32) -> Self {

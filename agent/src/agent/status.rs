@@ -106,7 +106,7 @@ impl Agent {
 
     fn attachment(&self, attachment: &Attachment) -> v1::Attachment {
         let direction = match attachment.hook {
-            Hook::FromPod | Hook::FromNetdev | Hook::FromHost => "ingress",
+            Hook::FromPod | Hook::FromNetdev | Hook::FromHost | Hook::FromDefrag => "ingress",
             Hook::ToPod | Hook::ToNetdev | Hook::Socket => "egress",
         };
         let mode: AttachMode = attachment.mode;

@@ -278,7 +278,9 @@ fn device_name(ifindex: u32) -> Option<String> {
 
 fn attach_type(hook: Hook) -> TcAttachType {
     match hook {
-        Hook::FromPod | Hook::FromNetdev | Hook::FromHost => TcAttachType::Ingress,
+        Hook::FromPod | Hook::FromNetdev | Hook::FromHost | Hook::FromDefrag => {
+            TcAttachType::Ingress
+        }
         // Programs of sockets have no device.
         Hook::ToPod | Hook::ToNetdev | Hook::Socket => TcAttachType::Egress,
     }

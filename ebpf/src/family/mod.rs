@@ -99,6 +99,9 @@ pub trait Family: Sized {
     /// Takes one from the time to live. The caller has seen that it is above one.
     fn decrement_ttl(ctx: &TcContext) -> Result<(), DropReason>;
 
+    /// Gives one back to the time to live, which another host has taken.
+    fn increment_ttl(ctx: &TcContext) -> Result<(), DropReason>;
+
     /// The tuple as words for [`weir_common::hash::mix`].
     fn hash_tuple(packet: &Packet<Self::Address>) -> u32;
 
@@ -108,6 +111,10 @@ pub trait Family: Sized {
     fn reply_tuple_is_taken() -> u32;
     /// [`crate::refuse::refuse`] as a global function.
     fn refuse(ctx: &TcContext, sender: u32, reason: u32) -> u32;
+    /// [`crate::fragment::resolve`] as a global function.
+    fn resolve_ports(ctx: &TcContext) -> u32;
+    /// [`crate::fragment::send_away`] as a global function.
+    fn put_together(ctx: &TcContext, hook: u32, endpoint: u32) -> u32;
     /// [`crate::flow::enter`] as a global function.
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32;
 }

@@ -55,6 +55,9 @@ const OFFSET: u16 = 0x1fff;
 /// network byte order.
 const TTL_DIFFERENCE: u32 = u16::from_be(!0x0100) as u32;
 
+/// Difference that a time to live higher by one makes to it.
+const TTL_RISE: u32 = u16::from_be(0x0100) as u32;
+
 #[inline(always)]
 fn header(ctx: &TcContext) -> Result<*mut Header, DropReason> {
     // SAFETY: plain bytes.
@@ -231,6 +234,15 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn increment_ttl(ctx: &TcContext) -> Result<(), DropReason> {
+        // SAFETY: as above.
+        let header = unsafe { &mut *header(ctx)? };
+        header.ttl = header.ttl.wrapping_add(1);
+        header.checksum = checksum::apply(header.checksum, TTL_RISE);
+        Ok(())
+    }
+
+    #[inline(always)]
     fn decide(sender: u32, ports_known: u32) -> u32 {
         global::decide_v4(sender, ports_known)
     }
@@ -241,6 +253,14 @@ impl Family for V4 {
     #[inline(always)]
     fn refuse(ctx: &TcContext, sender: u32, reason: u32) -> u32 {
         global::refuse_v4(ctx.skb.skb, sender, reason)
+    }
+    #[inline(always)]
+    fn resolve_ports(ctx: &TcContext) -> u32 {
+        global::resolve_ports_v4(ctx.skb.skb)
+    }
+    #[inline(always)]
+    fn put_together(ctx: &TcContext, hook: u32, endpoint: u32) -> u32 {
+        global::put_together_v4(ctx.skb.skb, hook, endpoint)
     }
     #[inline(always)]
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {

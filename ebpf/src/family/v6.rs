@@ -50,6 +50,9 @@ const JUMBO_OPTION: u8 = 8;
 /// order.
 const HOP_DIFFERENCE: u32 = u16::from_be(!1) as u32;
 
+/// Difference that a hop limit higher by one makes to it.
+const HOP_RISE: u32 = u16::from_be(1) as u32;
+
 /// Extension headers that are followed. RFC 8200 recommends each at most once, in an order that
 /// has seven.
 const EXTENSION_HEADERS_MAX: u32 = 8;
@@ -231,6 +234,17 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn increment_ttl(ctx: &TcContext) -> Result<(), DropReason> {
+        // SAFETY: as above.
+        let header = unsafe { &mut *header(ctx)? };
+        header.hop_limit = header.hop_limit.wrapping_add(1);
+        // As above.
+        // SAFETY: the context is valid.
+        unsafe { bpf_csum_update(ctx.skb.skb, HOP_RISE) };
+        Ok(())
+    }
+
+    #[inline(always)]
     fn decide(sender: u32, ports_known: u32) -> u32 {
         global::decide_v6(sender, ports_known)
     }
@@ -241,6 +255,14 @@ impl Family for V6 {
     #[inline(always)]
     fn refuse(ctx: &TcContext, sender: u32, reason: u32) -> u32 {
         global::refuse_v6(ctx.skb.skb, sender, reason)
+    }
+    #[inline(always)]
+    fn resolve_ports(ctx: &TcContext) -> u32 {
+        global::resolve_ports_v6(ctx.skb.skb)
+    }
+    #[inline(always)]
+    fn put_together(ctx: &TcContext, hook: u32, endpoint: u32) -> u32 {
+        global::put_together_v6(ctx.skb.skb, hook, endpoint)
     }
     #[inline(always)]
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32 {

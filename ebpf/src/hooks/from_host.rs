@@ -10,7 +10,9 @@ use crate::{
     access, decide,
     deliver::{self, Hop, LOOPBACK},
     family::{Family, V4, V6},
-    flow, fragment, icmp, local,
+    flow,
+    fragment::{self, ports},
+    icmp, local,
     packet::Packet,
     refuse, scratch,
     verdict::Verdict,
@@ -34,7 +36,7 @@ fn forward<F: Family>(ctx: &TcContext) -> Result<Verdict, DropReason> {
     if F::is_loopback(packet.key.destination) || F::is_multicast(packet.key.destination) {
         return Ok(Verdict::STACK);
     }
-    let ports_known = fragment::resolve_ports::<F>(packet);
+    let ports_known = fragment::resolve_ports::<F>(ctx, packet) == ports::KNOWN;
     let has_flows = ports_known && local::has_flows(decide::NODE);
     if has_flows && let Some(hop) = flow::find::<F>(ctx, Hook::FromHost, packet, None)? {
         return deliver::deliver::<F>(ctx, Hook::FromHost, packet, hop);

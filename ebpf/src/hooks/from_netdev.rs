@@ -9,7 +9,9 @@ use crate::{
     access, decide,
     deliver::{self, Hop},
     family::{Family, V4, V6},
-    flow, fragment, icmp,
+    flow,
+    fragment::{self, ports},
+    icmp,
     local::{self, Local},
     packet::Packet,
     policy, scratch,
@@ -19,7 +21,8 @@ use crate::{
 /// The program.
 #[inline(always)]
 pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
-    if access::is_tagged(ctx) || access::is_for_another_host(ctx) {
+    let is_for_another = access::is_for_another_host(ctx) && !fragment::is_ours_again(ctx);
+    if access::is_tagged(ctx) || is_for_another {
         // It belongs to a VLAN's device, or to a device above this one (macvlan, a bridge), or to
         // nobody here: then the stack drops it.
         return Ok(Verdict::STACK);
@@ -38,9 +41,17 @@ fn forward<F: Family>(ctx: &TcContext) -> Result<Verdict, DropReason> {
     let packet = scratch::packet::<F>()?;
     F::parse(ctx, scope::UNDERLAY, packet)?;
     let config = local::config()?;
-    match local::by_address::<F>(config, packet.key.destination) {
-        Some(receiver) => to_local_pod::<F>(ctx, receiver, packet),
-        None => to_node::<F>(ctx, packet),
+    let receiver = local::by_address::<F>(config, packet.key.destination);
+    let number = receiver.map_or(decide::NODE, |receiver| receiver.number);
+    let has_flows = local::has_flows(number);
+    if has_flows && fragment::resolve_ports::<F>(ctx, packet) != ports::KNOWN {
+        // Whether it belongs to a translated connection cannot be told without its first.
+        decide::check_outside_source::<F>(config, packet.key.source)?;
+        return Ok(fragment::put_together::<F>(ctx, Hook::FromNetdev, number));
+    }
+    match receiver {
+        Some(receiver) => to_local_pod::<F>(ctx, receiver, packet, has_flows),
+        None => to_node::<F>(ctx, packet, has_flows),
     }
 }
 
@@ -50,9 +61,9 @@ fn forward<F: Family>(ctx: &TcContext) -> Result<Verdict, DropReason> {
 fn to_node<F: Family>(
     ctx: &TcContext,
     packet: &mut Packet<F::Address>,
+    has_flows: bool,
 ) -> Result<Verdict, DropReason> {
     let config = local::config()?;
-    let has_flows = local::has_flows(decide::NODE) && fragment::resolve_ports::<F>(packet);
     if has_flows && let Some(hop) = flow::find::<F>(ctx, Hook::FromNetdev, packet, None)? {
         return deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, hop);
     }
@@ -68,13 +79,10 @@ fn to_local_pod<F: Family>(
     ctx: &TcContext,
     receiver: Local,
     packet: &mut Packet<F::Address>,
+    has_flows: bool,
 ) -> Result<Verdict, DropReason> {
     let config = local::config()?;
-    if local::has_flows(receiver.number) {
-        if !fragment::resolve_ports::<F>(packet) {
-            // Whether it belongs to a translated connection cannot be told without its first.
-            return Err(DropReason::FragmentNotFound);
-        }
+    if has_flows {
         if let Some(hop) = flow::find::<F>(ctx, Hook::FromNetdev, packet, None)? {
             return deliver::deliver::<F>(ctx, Hook::FromNetdev, packet, hop);
         }

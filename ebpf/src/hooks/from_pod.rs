@@ -8,7 +8,9 @@ use crate::{
     access, decide,
     deliver::{self, Hop},
     family::{Family, V4, V6},
-    flow, fragment, icmp,
+    flow,
+    fragment::{self, ports},
+    icmp,
     local::{self, Local},
     neighbour,
     packet::Packet,
@@ -73,8 +75,17 @@ fn forward<F: Family>(
     if F::is_multicast(packet.key.destination) {
         return Ok(Verdict::STACK);
     }
-    let ports_known = fragment::resolve_ports::<F>(packet);
-    let has_flows = ports_known && local::has_flows(sender.number);
+    let resolved = fragment::resolve_ports::<F>(ctx, packet);
+    let ports_known = resolved == ports::KNOWN;
+    let has_flows = local::has_flows(sender.number);
+    if !ports_known && (has_flows || resolved == ports::ELSEWHERE) {
+        // Its connection may be one that is translated; or others of its datagram are there already.
+        let verdict = fragment::put_together::<F>(ctx, Hook::FromPod, sender.number);
+        if verdict.forwards() {
+            return Ok(verdict);
+        }
+    }
+    let has_flows = ports_known && has_flows;
     let found = if has_flows {
         flow::find::<F>(ctx, Hook::FromPod, packet, Some(sender))?
     } else {
@@ -95,6 +106,13 @@ fn forward<F: Family>(
         }
         None => match decide_and_commit::<F>(ctx, sender, packet, ports_known, has_flows) {
             Ok(next_hop) => Hop::find(next_hop)?,
+            Err(DropReason::FragmentNotFound) => {
+                return Ok(fragment::put_together::<F>(
+                    ctx,
+                    Hook::FromPod,
+                    sender.number,
+                ));
+            }
             Err(reason) => return refuse::or_drop::<F>(ctx, sender.number, reason),
         },
     };

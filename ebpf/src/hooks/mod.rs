@@ -5,6 +5,7 @@ use weir_common::{DropReason, MacAddress, protocol::ether_type};
 
 use crate::access;
 
+pub mod from_defrag;
 pub mod from_host;
 pub mod from_netdev;
 pub mod from_pod;

@@ -8,7 +8,9 @@ use super::{Kind, read_frame};
 use crate::{
     deliver,
     family::{Family, V4, V6},
-    flow, fragment, icmp,
+    flow,
+    fragment::{self, ports},
+    icmp,
     local::{self, Local},
     packet::Packet,
     scratch,
@@ -37,7 +39,7 @@ fn forward<F: Family>(ctx: &TcContext, receiver: Local) -> Result<Verdict, DropR
     if packet.key.destination != F::endpoint_address(receiver.row) {
         return Ok(Verdict::STACK);
     }
-    if !fragment::resolve_ports::<F>(packet) {
+    if fragment::resolve_ports::<F>(ctx, packet) != ports::KNOWN {
         // Whether it belongs to a translated connection cannot be told without its first.
         return Err(DropReason::FragmentNotFound);
     }
