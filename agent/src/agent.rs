@@ -35,6 +35,7 @@ use crate::{
 
 mod apply;
 pub mod cleanup;
+mod defrag;
 mod drift;
 mod endpoints;
 mod gone_endpoints;
@@ -93,6 +94,7 @@ pub struct Agent {
     config: NodeConfig,
     late: Late,
     host: host::Host,
+    defrag: defrag::Defrag,
     /// Ports of the node that lead to pods, as the model knows them.
     host_ports: BTreeMap<model::PodInterface, Vec<model::HostPort>>,
     netlink: Netlink,
@@ -239,6 +241,7 @@ impl Agent {
             program_ids: start::program_ids(&mut datapath),
             late: start::late(&datapath),
             host: host::Host::default(),
+            defrag: defrag::Defrag::default(),
             host_ports: BTreeMap::new(),
             datapath,
             ring,
@@ -388,6 +391,7 @@ impl Agent {
         self.device_names.clear();
         self.network_has_changed = true;
         self.host_changed(&event);
+        self.defrag_changed(&event);
         match event {
             NetlinkEvent::Changed => self.mark(Row::Network),
             NetlinkEvent::LinkRemoved(ifindex) => {

@@ -41,6 +41,8 @@ pub struct Settings {
     pub socket_translation: bool,
     /// TCP sockets that were translated to an endpoint that is gone are ended.
     pub end_sockets_of_gone_endpoints: bool,
+    /// Fragments that come before their first are put together by the kernel.
+    pub defragmentation: bool,
     /// Refusals (TCP resets, ICMP port unreachable) sent per second at most, 0 for no limit.
     pub refusals_per_second: u32,
     /// Devices to attach to; empty: to be found.
@@ -328,6 +330,7 @@ impl Values {
                 "true or false",
                 boolean,
             )?,
+            defragmentation: self.required("defragmentation", "true or false", boolean)?,
             refusals_per_second: self.number("refusals-per-second", 0, 1_000_000)?,
             expedite_rcu: self.required("expedite-rcu", "true or false", boolean)?,
             log: self.required("log", "a filter", log_filter)?,

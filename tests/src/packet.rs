@@ -7,12 +7,16 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::netns::NetNs;
+
 /// Ethernet type of IPv4.
 pub const IPV4: u16 = 0x0800;
 /// Ethernet type of IPv6.
 pub const IPV6: u16 = 0x86dd;
 /// Number of UDP.
 const UDP: u8 = 17;
+/// Number of the IPv6 fragment header.
+const FRAGMENT: u8 = 44;
 
 /// An Ethernet frame with a UDP packet of any addresses, checksums right.
 ///
@@ -93,12 +97,88 @@ pub fn checksum(bytes: &[u8]) -> u16 {
     !u16::try_from(sum).unwrap_or(0)
 }
 
+/// The fragments of a frame of [`udp_frame`], in their order, each with `piece` bytes (a multiple of 8) of its
+/// payload, the last with the rest.
+///
+/// # Errors
+///
+/// When the datagram is too long.
+pub fn fragments(frame: &[u8], identification: u32, piece: usize) -> Result<Vec<Vec<u8>>> {
+    let (ethernet, packet) = frame.split_at(14);
+    let is_v4 = packet[0] >> 4 == 4;
+    let (header, payload) = packet.split_at(if is_v4 { 20 } else { 40 });
+    let mut fragments = Vec::new();
+    for (number, bytes) in payload.chunks(piece).enumerate() {
+        let offset = u16::try_from(number * piece)?;
+        let more = usize::from(offset) + bytes.len() < payload.len();
+        let mut fragment = [ethernet, header].concat();
+        let place = &mut fragment[14..];
+        let length = u16::try_from(bytes.len())?;
+        if is_v4 {
+            place[2..4].copy_from_slice(&(20 + length).to_be_bytes());
+            place[4..6].copy_from_slice(&identification.to_be_bytes()[2..]);
+            place[6..8].copy_from_slice(&((offset / 8) | (u16::from(more) << 13)).to_be_bytes());
+            place[10..12].fill(0);
+            let sum = checksum(place);
+            place[10..12].copy_from_slice(&sum.to_be_bytes());
+        } else {
+            place[4..6].copy_from_slice(&(8 + length).to_be_bytes());
+            let next = std::mem::replace(&mut place[6], FRAGMENT);
+            fragment.extend([next, 0]);
+            fragment.extend((offset | u16::from(more)).to_be_bytes());
+            fragment.extend(identification.to_be_bytes());
+        }
+        fragment.extend(bytes);
+        fragments.push(fragment);
+    }
+    Ok(fragments)
+}
+
+/// Ethernet address of a device.
+///
+/// # Errors
+///
+/// When there is no such device, or it has none.
+pub fn mac_of(netns: &NetNs, device: &str) -> Result<[u8; 6]> {
+    let links: serde_json::Value =
+        serde_json::from_str(&netns.tool("ip", &["-j", "link", "show", device])?)?;
+    parse_mac(
+        links[0]["address"]
+            .as_str()
+            .context("no Ethernet address")?,
+    )
+}
+
+/// Permanent neighbour of a pod: the host side of its veth pair.
+///
+/// # Errors
+///
+/// When it has none.
+pub fn gateway_mac(pod: &NetNs) -> Result<[u8; 6]> {
+    let neighbours: serde_json::Value =
+        serde_json::from_str(&pod.tool("ip", &["-j", "neigh", "show", "nud", "permanent"])?)?;
+    parse_mac(
+        neighbours[0]["lladdr"]
+            .as_str()
+            .context("the pod has no permanent neighbour")?,
+    )
+}
+
 /// Sends a frame as it is from a device of the calling thread's namespace.
 ///
 /// # Errors
 ///
 /// When there is no such device, or the frame is not taken.
 pub fn send(device: &str, frame: &[u8]) -> Result<()> {
+    send_all(device, &[frame])
+}
+
+/// Sends frames as they are, in their order, from a device of the calling thread's namespace.
+///
+/// # Errors
+///
+/// When there is no such device, or a frame is not taken.
+pub fn send_all<F: AsRef<[u8]>>(device: &str, frames: &[F]) -> Result<()> {
     // SAFETY: a plain system call; its result is checked.
     let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
     ensure!(
@@ -115,23 +195,26 @@ pub fn send(device: &str, frame: &[u8]) -> Result<()> {
     address.sll_family = u16::try_from(libc::AF_PACKET)?;
     address.sll_ifindex = i32::try_from(index)?;
     address.sll_halen = 6;
-    address.sll_addr[..6].copy_from_slice(&frame[..6]);
-    // SAFETY: pointers and lengths describe `frame` and `address`, which live through the call.
-    let sent = unsafe {
-        libc::sendto(
-            socket.as_raw_fd(),
-            frame.as_ptr().cast(),
-            frame.len(),
-            0,
-            (&raw const address).cast(),
-            u32::try_from(size_of::<libc::sockaddr_ll>())?,
-        )
-    };
-    ensure!(
-        usize::try_from(sent).is_ok_and(|sent| sent == frame.len()),
-        "send on {device}: {}",
-        std::io::Error::last_os_error()
-    );
+    for frame in frames {
+        let frame = frame.as_ref();
+        address.sll_addr[..6].copy_from_slice(&frame[..6]);
+        // SAFETY: pointers and lengths describe `frame` and `address`, which live through the call.
+        let sent = unsafe {
+            libc::sendto(
+                socket.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const address).cast(),
+                u32::try_from(size_of::<libc::sockaddr_ll>())?,
+            )
+        };
+        ensure!(
+            usize::try_from(sent).is_ok_and(|sent| sent == frame.len()),
+            "send on {device}: {}",
+            std::io::Error::last_os_error()
+        );
+    }
     Ok(())
 }
 

@@ -4,37 +4,13 @@ use std::net::IpAddr;
 
 use anyhow::{Context as _, Result};
 use weir_tests::{
-    Cluster, Node, Pod, TestResult, cluster::cluster_ips, netns::NetNs, packet, traffic, wait_until,
+    Cluster, Node, Pod, TestResult, cluster::cluster_ips, packet, traffic, wait_until,
 };
 
 const PORT: u16 = 8080;
 const INVALID_SOURCE: &str = "INVALID_SOURCE";
 /// Frames sent of each kind.
 const FRAMES: u64 = 5;
-
-/// Ethernet address of a device.
-fn mac_of(netns: &NetNs, device: &str) -> Result<[u8; 6]> {
-    let links: serde_json::Value =
-        serde_json::from_str(&netns.tool("ip", &["-j", "link", "show", device])?)?;
-    packet::parse_mac(
-        links[0]["address"]
-            .as_str()
-            .context("no Ethernet address")?,
-    )
-}
-
-/// Permanent neighbour of a pod: the host side of its veth pair.
-fn gateway_mac(pod: &Pod) -> Result<[u8; 6]> {
-    let neighbours: serde_json::Value = serde_json::from_str(
-        &pod.netns
-            .tool("ip", &["-j", "neigh", "show", "nud", "permanent"])?,
-    )?;
-    packet::parse_mac(
-        neighbours[0]["lladdr"]
-            .as_str()
-            .context("the pod has no permanent neighbour")?,
-    )
-}
 
 /// A receiver in a pod that must see nothing of what is spoofed.
 fn listen(pod: &Pod, address: IpAddr) -> Result<std::net::UdpSocket> {
@@ -71,8 +47,8 @@ fn a_pod_sends_from_its_own_addresses_only() -> TestResult {
     let neighbour = cluster.pod("node1", "neighbour")?;
     let victim = cluster.pod("node1", "victim")?;
     let remote = cluster.pod("node2", "remote")?;
-    let to_mac = gateway_mac(&attacker)?;
-    let from_mac = mac_of(&attacker.netns, "eth0")?;
+    let to_mac = packet::gateway_mac(&attacker.netns)?;
+    let from_mac = packet::mac_of(&attacker.netns, "eth0")?;
     for v6 in [false, true] {
         let own = attacker.address(v6)?;
         let outside: IpAddr = if v6 { "2001:db8::1" } else { "198.51.100.1" }
@@ -110,8 +86,8 @@ fn nothing_from_outside_claims_to_be_inside() -> TestResult {
     let node = cluster.node("node1");
     let victim = cluster.pod("node1", "victim")?;
     let neighbour = cluster.pod("node1", "neighbour")?;
-    let to_mac = mac_of(&node.netns, "eth0")?;
-    let from_mac = mac_of(cluster.fabric(), "br0")?;
+    let to_mac = packet::mac_of(&node.netns, "eth0")?;
+    let from_mac = packet::mac_of(cluster.fabric(), "br0")?;
     cluster.service_of_pods("web", &cluster_ips(10), PORT, &[&victim])?;
     for v6 in [false, true] {
         let receiver = listen(&victim, victim.address(v6)?)?;
@@ -149,8 +125,8 @@ fn a_pod_that_names_another_by_its_ethernet_address_is_dropped() -> TestResult {
     let victim = cluster.pod("node1", "victim")?;
     let receiver = listen(&victim, victim.address(false)?)?;
     // The gateway as the victim knows it, and the victim's own address: another endpoint's numbers.
-    let to_mac = gateway_mac(&victim)?;
-    let from_mac = mac_of(&victim.netns, "eth0")?;
+    let to_mac = packet::gateway_mac(&victim.netns)?;
+    let from_mac = packet::mac_of(&victim.netns, "eth0")?;
     let to = (victim.address(false)?, PORT);
     let from = (attacker.address(false)?, 4000);
     let frame = packet::udp_frame(to_mac, from_mac, from, to, b"spoofed")?;

@@ -29,7 +29,7 @@ impl Agent {
         let either = |wanted, add, remove| if wanted { add } else { remove };
         match row {
             Row::Network => Phase::Look,
-            Row::Config | Row::Host => Phase::Found,
+            Row::Config | Row::Host | Row::Defrag => Phase::Found,
             Row::Sockets | Row::ServiceRoutes => Phase::Clear,
             Row::Device(ifindex) => {
                 let wanted = self.plan.devices.contains_key(ifindex);
@@ -86,6 +86,7 @@ impl Agent {
             Row::Network => self.look_at_network().await,
             Row::Config => self.apply_config(),
             Row::Host => self.apply_host().await,
+            Row::Defrag => self.apply_defrag().await,
             Row::Sockets => self.apply_sockets(),
             Row::ServiceRoutes => self.apply_service_routes().await,
             Row::Device(ifindex) => self.apply_device(*ifindex),
@@ -247,7 +248,7 @@ impl Agent {
             .flat_map(|e| e.spec.addresses.iter().copied())
             .collect();
         let pods = endpoints().map(|e| e.spec.host_ifindex);
-        let own = self.host.programs();
+        let own = self.host.programs().chain(self.defrag.program());
         let devices = self.plan.devices.keys().copied();
         let devices = devices.chain(pods).chain(own).collect();
 
@@ -289,6 +290,7 @@ impl Agent {
             self.late.pods.pop_first();
         }
         self.late.waiting = false;
+        self.mark(Row::Defrag);
         Ok(())
     }
 }

@@ -10,7 +10,7 @@ use weir_common::metrics::Hook;
 use super::start::datapath_options;
 use crate::{
     datapath::{Datapath, expedite::Expedite},
-    netlink::{Change, Netlink, RouteTarget, host_device, sysctl::Sysctls},
+    netlink::{Change, Netlink, RouteTarget, defrag_device, host_device, sysctl::Sysctls},
     objects::Family,
     settings::Settings,
 };
@@ -116,6 +116,12 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
                 Err(error) => errors.push(error.to_string()),
             }
         }
+        if let Some(device) = defrag_device::find(&links) {
+            match netlink.remove_link(device).await {
+                Ok(()) => tell("removed the device weir-defrag"),
+                Err(error) => errors.push(error.to_string()),
+            }
+        }
         let pods = links.iter().filter(|link| link.is_pod_device()).count();
         if pods > 0 {
             tell(&format!(
@@ -152,6 +158,7 @@ fn remove_pins(settings: &Settings) -> (usize, Vec<String>) {
         // cannot be loaded, removing the pins still detaches tcx links.
         let detached = Datapath::open(&datapath_options(settings)).and_then(|datapath| {
             datapath.detach_sockets()?;
+            datapath.detach_defrag()?;
             datapath.sweep_attachments(&BTreeSet::new())
         });
         match detached {

@@ -65,7 +65,8 @@ impl Agent {
             tracing::warn!(endpoint = %key, "{what}; installing it again");
             self.endpoints.suspect(key, what);
         }
-        devices.len() + missing.len() + self.find_host_drift(with_routes)
+        let own = self.find_host_drift(with_routes) + self.find_defrag_drift(with_routes);
+        devices.len() + missing.len() + own
     }
 
     async fn routes_to_pods(&self) -> Option<HashSet<(IpAddr, u32)>> {

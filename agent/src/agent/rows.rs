@@ -26,6 +26,8 @@ pub enum Row {
     Config,
     /// The node's own device, and the programs on it and on the loopback device.
     Host,
+    /// The device behind which datagrams are put together, and the program on it.
+    Defrag,
     /// The programs of sockets.
     Sockets,
     /// Routes of addresses of Services to the node's own device.
@@ -50,6 +52,7 @@ impl fmt::Display for Row {
             Self::Network => f.write_str("routes to other nodes"),
             Self::Config => f.write_str("configuration of this node"),
             Self::Host => f.write_str("devices weir-host and weir-net"),
+            Self::Defrag => f.write_str("device weir-defrag"),
             Self::Sockets => f.write_str("programs of sockets"),
             Self::ServiceRoutes => f.write_str("routes to addresses of Services"),
             Self::Device(ifindex) => write!(f, "programs of device #{ifindex}"),

@@ -218,6 +218,7 @@ impl Agent {
         }
         self.endpoints_changed();
         self.mark(Row::Host);
+        self.mark(Row::Defrag);
         self.mark(Row::Sockets);
         self.events_lost = self
             .datapath

@@ -169,6 +169,7 @@ impl Agent {
         }
         problems.extend(self.notes.all().cloned());
         problems.extend(self.gone.problems.iter().cloned());
+        problems.extend(self.defrag.problem());
         problems.extend(sysctl::strict_rp_filter());
         problems
     }

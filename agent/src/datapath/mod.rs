@@ -9,6 +9,7 @@
 
 pub mod attach;
 pub mod counters;
+pub mod defrag;
 mod error;
 pub mod events;
 pub mod expedite;
@@ -60,6 +61,7 @@ use crate::{
 };
 use attach::Attacher;
 use expedite::Expedite;
+use sys::RawMap;
 use tables::{
     AffinityTable,
     endpoints::{EndpointMaps, LocalAddresses},
@@ -136,6 +138,7 @@ pub struct Datapath {
     services: Services,
     counters: Counters,
     flows: FlowSweeper,
+    defrag: RawMap,
     events: Option<RingBuf<aya::maps::MapData>>,
 }
 
@@ -219,6 +222,7 @@ impl Datapath {
             services,
             counters: Counters::new(loaded.raw("METRICS")?, loaded.raw("LOOKUPS")?),
             flows: FlowSweeper::new(loaded.raw("FLOWS_V4")?, loaded.raw("FLOWS_V6")?),
+            defrag: loaded.raw("DEFRAG")?,
             events: Some(loaded.map("EVENTS")?),
             pinned: std::mem::take(&mut loaded.pinned),
             layout: loaded.layout,
@@ -355,6 +359,53 @@ impl Datapath {
     #[must_use]
     pub fn is_host_attached(&self, ifindex: u32) -> bool {
         self.is_attached([Hook::FromHost], ifindex)
+    }
+
+    /// Attaches `from_defrag` to the device behind which datagrams are put together, or replaces what is
+    /// there.
+    ///
+    /// # Errors
+    ///
+    /// The device is gone or not the one meant, or the kernel's.
+    pub fn attach_defrag(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
+        let _held = self.expedite.hold();
+        self.attach(Hook::FromDefrag, ifindex, device)
+    }
+
+    /// Whether `from_defrag` is attached to a device.
+    #[must_use]
+    pub fn is_defrag_attached(&self, ifindex: u32) -> bool {
+        self.is_attached([Hook::FromDefrag], ifindex)
+    }
+
+    /// Tells the programs the device behind which datagrams are put together; 0: there is none.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn set_defrag_device(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        self.defrag
+            .update(&0u32.to_ne_bytes(), &ifindex.to_ne_bytes())
+            .map_err(|source| DatapathError::Map {
+                name: "DEFRAG",
+                source,
+            })
+    }
+
+    /// Lets go of what puts datagrams together, and with it of the namespace that it does so in.
+    ///
+    /// # Errors
+    ///
+    /// A pin cannot be removed.
+    pub fn detach_defrag(&self) -> Result<(), DatapathError> {
+        let folder = &self.attacher.folder;
+        defrag::detach(folder).map_err(|error| DatapathError::pin(folder, error))
+    }
+
+    /// Folder of the pins of links.
+    #[must_use]
+    pub fn links(&self) -> &Path {
+        &self.attacher.folder
     }
 
     /// Detaches every program from a device; one that is gone, or has none, is no error.

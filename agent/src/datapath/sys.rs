@@ -325,6 +325,20 @@ pub fn detach_link(path: &Path) -> io::Result<()> {
     unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr) }.map(drop)
 }
 
+/// Pins a program, a map or a link.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(super) fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed_attr();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    attr.__bindgen_anon_4.bpf_fd = raw(fd);
+    // SAFETY: `pathname` ends with a zero byte and lives until the call returns.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr) }.map(drop)
+}
+
 /// Opens a pinned object.
 fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
@@ -354,6 +368,27 @@ pub fn update_link(path: &Path, program: BorrowedFd<'_>) -> io::Result<()> {
 ///
 /// The file is no link of a cgroup, or the kernel's.
 pub fn cgroup_of_link(path: &Path) -> io::Result<u64> {
+    let info = link_info(path)?;
+    if info.type_ != bpf_link_type::BPF_LINK_TYPE_CGROUP as u32 {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "it is no link of a cgroup",
+        ));
+    }
+    // SAFETY: the member that belongs to the type.
+    Ok(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id })
+}
+
+/// The type of a pinned link (`enum bpf_link_type`).
+///
+/// # Errors
+///
+/// The file is no link, or the kernel's.
+pub(super) fn type_of_link(path: &Path) -> io::Result<u32> {
+    link_info(path).map(|info| info.type_)
+}
+
+fn link_info(path: &Path) -> io::Result<bpf_link_info> {
     let link = open_pin(path)?;
     // SAFETY: a structure of plain integers; zero is valid for each.
     let mut info: bpf_link_info = unsafe { mem::zeroed() };
@@ -363,14 +398,7 @@ pub fn cgroup_of_link(path: &Path) -> io::Result<u64> {
     attr.info.info_len = size_of::<bpf_link_info>() as u32;
     // SAFETY: `info` has the length given and lives until the call returns.
     unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
-    if info.type_ != bpf_link_type::BPF_LINK_TYPE_CGROUP as u32 {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "it is no link of a cgroup",
-        ));
-    }
-    // SAFETY: the member that belongs to the type.
-    Ok(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id })
+    Ok(info)
 }
 
 /// The bytes of a map key or value.

@@ -8,6 +8,7 @@
 
 mod connection;
 mod convert;
+pub mod defrag_device;
 pub mod host_device;
 pub mod pod;
 pub mod sock_diag;
@@ -304,6 +305,9 @@ pub enum NetlinkError {
     /// The node's own device cannot be made.
     #[error("cannot make the devices weir-host and weir-net: {0}")]
     HostDevice(String),
+    /// The device behind which datagrams are put together cannot be made.
+    #[error("cannot make the device weir-defrag: {0}")]
+    DefragDevice(String),
     /// The kernel would not send to the address.
     #[error("no route to {destination}: {cause}")]
     NoRoute {

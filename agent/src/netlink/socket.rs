@@ -25,6 +25,7 @@ use super::{
     Route, SERVICE_TABLE,
     connection::{Connection, Reply},
     convert,
+    defrag_device::{self, DEFRAG_DEVICE},
     host_device::{self, HOST_DEVICE, HostDevice, NET_DEVICE},
     watch,
 };
@@ -186,6 +187,25 @@ impl Netlink {
         }
         host_device::find(&self.links().await?).ok_or_else(|| {
             NetlinkError::HostDevice("it is not there although it was made".to_owned())
+        })
+    }
+
+    /// Makes the device behind which datagrams are put together, the node's end down, in place of one
+    /// that is not as it should be. `attach` is called in the namespace of the other end, and must leave
+    /// behind what keeps it alive. Gives the interface index of the node's end.
+    pub async fn make_defrag_device(
+        &self,
+        attach: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<u32, NetlinkError> {
+        for link in self.links().await? {
+            if link.name == DEFRAG_DEVICE {
+                self.remove_link(link.ifindex).await?;
+            }
+        }
+        let made = task::spawn_blocking(move || defrag_device::make(attach)).await;
+        made.unwrap_or_else(|panic| Err(io::Error::other(panic).into()))?;
+        defrag_device::find(&self.links().await?).ok_or_else(|| {
+            NetlinkError::DefragDevice("it is not there although it was made".to_owned())
         })
     }
 

@@ -195,6 +195,13 @@ pub const ALL: &[Definition] = &[
          the Service (SOCK_DESTROY): true or false",
     ),
     define(
+        "defragmentation",
+        "BOOL",
+        Some("true"),
+        "Have the kernel put together datagrams whose fragments come out of order and whose ports \
+         matter, instead of dropping them: true or false",
+    ),
+    define(
         "refusals-per-second",
         "COUNT",
         Some("1000"),
