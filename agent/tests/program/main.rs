@@ -8,6 +8,7 @@ mod affinity;
 mod answers;
 mod bed;
 mod budget;
+mod defrag;
 mod differential;
 mod errors;
 mod forward;

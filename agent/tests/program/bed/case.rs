@@ -30,6 +30,8 @@ pub enum Verdict {
     Local,
     Remote,
     Answered,
+    /// To be put together with the others of its datagram, or back from there.
+    Defrag,
     Dropped(DropReason),
     /// Dropped, and the sender was told so.
     Refused(DropReason),
@@ -109,6 +111,7 @@ impl Bed {
                 outcome::LOCAL => Verdict::Local,
                 outcome::REMOTE => Verdict::Remote,
                 outcome::ANSWERED => Verdict::Answered,
+                outcome::DEFRAG => Verdict::Defrag,
                 reason => Verdict::Dropped(DropReason::from_number(reason)),
             });
         }

@@ -237,7 +237,7 @@ impl Differential<'_> {
                 Verdict::Dropped(_) => (TC_ACT_SHOT, false),
                 Verdict::Remote => (TC_ACT_REDIRECT, true),
                 Verdict::Refused(_) => (TC_ACT_REDIRECT, hook == Hook::FromHost),
-                Verdict::Local | Verdict::Answered | Verdict::HostDevice => {
+                Verdict::Local | Verdict::Answered | Verdict::HostDevice | Verdict::Defrag => {
                     (TC_ACT_REDIRECT, false)
                 }
             };
@@ -274,6 +274,7 @@ impl Differential<'_> {
             Verdict::Local => outcome::LOCAL,
             Verdict::Remote => outcome::REMOTE,
             Verdict::Answered => outcome::ANSWERED,
+            Verdict::Defrag => outcome::DEFRAG,
             Verdict::Dropped(reason) => reason as u8,
             Verdict::Refused(reason) => {
                 *self
