@@ -4,7 +4,7 @@ use aya::maps::{Array, MapData};
 use serde::Serialize;
 use weir_common::service::{Backend, backend_state};
 
-use super::{Families, Pins, names};
+use super::{Families, Pins, names, slots::BackendRow};
 use crate::{
     Format, output,
     table::{Cell, Table},
@@ -12,14 +12,11 @@ use crate::{
 
 #[derive(Clone, Debug, Serialize)]
 struct Row {
-    number: u32,
-    address: String,
-    port: u16,
-    state: String,
+    #[serde(flatten)]
+    backend: BackendRow,
     /// The sets it belongs to: cluster, local.
     endpoint_sets: Vec<String>,
     service_port: u32,
-    generation: u32,
 }
 
 pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {
@@ -36,14 +33,11 @@ pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {
 }
 
 fn row(number: u32, backend: &Backend, families: &Families) -> Row {
+    let address = families.address(backend.service_port, backend.address);
     Row {
-        number,
-        address: families.address(backend.service_port, backend.address),
-        port: backend.port.get(),
-        state: names::backend_state(backend.state),
+        backend: BackendRow::new(number, backend, address),
         endpoint_sets: names::endpoint_sets(backend.sets),
         service_port: backend.service_port,
-        generation: backend.generation,
     }
 }
 
@@ -58,12 +52,12 @@ fn table(rows: &[Row]) -> Table {
     ]);
     for row in rows {
         table.row([
-            Cell::number(row.number),
-            output::address_port(&row.address, row.port).into(),
-            row.state.as_str().into(),
+            Cell::number(row.backend.number),
+            row.backend.place().into(),
+            row.backend.state.as_str().into(),
             names::listed(&row.endpoint_sets).into(),
             Cell::number(row.service_port),
-            Cell::number(row.generation),
+            Cell::number(row.backend.generation),
         ]);
     }
     table

@@ -15,7 +15,7 @@ use weir_common::{
 
 use super::{
     Pins, frontend_address, frontend_text, frontends, names,
-    slots::{self, Slots},
+    slots::{Share, Slots},
 };
 use crate::{
     Format, output,
@@ -40,19 +40,6 @@ struct Service {
     first_slot: u32,
     slots: u32,
     backends: Vec<Share>,
-}
-
-/// A backend and how many slots it has.
-#[derive(Clone, Debug, Serialize)]
-struct Share {
-    number: u32,
-    address: String,
-    port: u16,
-    state: String,
-    generation: u32,
-    slots: u32,
-    /// Percent of the region.
-    share: f64,
 }
 
 pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {
@@ -104,26 +91,12 @@ impl Tables {
             in_use: state.flags() & flag::IN_USE != 0,
             first_slot: state.first_slot(),
             slots: state.slots(),
-            backends: self.shares::<A>(state)?,
+            backends: self.slots.shares(state, &self.backends, |backend| {
+                backend.address::<A>().to_ip().to_string()
+            })?,
         };
         self.services.insert(state_row, service.clone());
         Ok(service)
-    }
-
-    fn shares<A: Address>(&mut self, state: ServiceState) -> anyhow::Result<Vec<Share>> {
-        let share = |(number, slots): (u32, u32)| {
-            let backend = self.backends.get(&number, 0)?;
-            Ok(Share {
-                number,
-                address: backend.address::<A>().to_ip().to_string(),
-                port: backend.port.get(),
-                state: names::backend_state(backend.state),
-                generation: backend.generation,
-                slots,
-                share: slots::share(slots, state.slots()),
-            })
-        };
-        self.slots.count(state)?.into_iter().map(share).collect()
     }
 }
 
@@ -141,12 +114,11 @@ fn table(rows: &[Row]) -> Table {
     ]);
     for row in rows {
         let service = &row.service;
-        let each = |show: fn(&Share) -> String| {
-            if service.in_use {
-                Cell::lines(service.backends.iter().map(show))
-            } else {
-                Cell::coloured("going away", Colour::Yellow)
-            }
+        let each = |show: fn(&Share) -> String| Cell::lines(service.backends.iter().map(show));
+        let places = if service.in_use {
+            each(|share| share.backend.place())
+        } else {
+            Cell::coloured("going away", Colour::Yellow)
         };
         table.row([
             frontend_text(&row.address, row.port, &row.protocol).into(),
@@ -154,10 +126,10 @@ fn table(rows: &[Row]) -> Table {
             row.endpoint_set.as_str().into(),
             Cell::number(row.service_port),
             Cell::number(service.slots),
-            each(|b| output::address_port(&b.address, b.port)),
-            Cell::lines(service.backends.iter().map(|b| b.number.to_string())),
-            Cell::lines(service.backends.iter().map(|b| b.state.clone())),
-            Cell::lines(service.backends.iter().map(|b| format!("{:.2}%", b.share))),
+            places,
+            each(|share| share.backend.number.to_string()),
+            each(|share| share.backend.state.clone()),
+            each(Share::percent),
         ]);
     }
     table
@@ -165,18 +137,19 @@ fn table(rows: &[Row]) -> Table {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::slots::BackendRow, *};
 
     #[test]
     fn a_frontend_shows_its_backends_with_their_shares() {
-        let share = |number, slots, share| Share {
-            number,
-            address: format!("10.0.1.{number}"),
-            port: 8080,
-            state: "active".into(),
-            generation: 1,
-            slots,
-            share,
+        let share = |number, slots| {
+            let backend = BackendRow {
+                number,
+                address: format!("10.0.1.{number}"),
+                port: 8080,
+                state: "active".into(),
+                generation: 1,
+            };
+            Share::new(backend, slots, 251)
         };
         let row = Row {
             address: "10.96.0.1".into(),
@@ -189,7 +162,7 @@ mod tests {
                 in_use: true,
                 first_slot: 0,
                 slots: 251,
-                backends: vec![share(5, 126, 50.2), share(6, 125, 49.8)],
+                backends: vec![share(5, 126), share(6, 125)],
             },
         };
         assert_eq!(
@@ -201,5 +174,6 @@ mod tests {
         let json = serde_json::to_value(&row).unwrap();
         assert_eq!(json["slots"], 251);
         assert_eq!(json["backends"][1]["share"], 49.8);
+        assert_eq!(json["backends"][1]["number"], 6);
     }
 }

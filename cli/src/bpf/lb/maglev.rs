@@ -7,7 +7,7 @@ use weir_common::service::{Backend, ServiceState, flag, service_port_of_row};
 
 use super::{
     Families, Pins, names,
-    slots::{self, Slots},
+    slots::{Share, Slots},
 };
 use crate::{
     Format, output,
@@ -24,16 +24,6 @@ struct Row {
     backends: Vec<Share>,
 }
 
-#[derive(Clone, Debug, Serialize)]
-struct Share {
-    number: u32,
-    address: String,
-    port: u16,
-    slots: u32,
-    /// Percent of the region.
-    share: f64,
-}
-
 pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {
     let families = Families::read(pins)?;
     let states: Array<MapData, ServiceState> = pins.map("SERVICE_STATE")?;
@@ -46,17 +36,9 @@ pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {
             continue;
         }
         let service_port = service_port_of_row(number);
-        let mut shares = Vec::new();
-        for (backend_number, count) in slots.count(state)? {
-            let backend = backends.get(&backend_number, 0)?;
-            shares.push(Share {
-                number: backend_number,
-                address: families.address(service_port, backend.address),
-                port: backend.port.get(),
-                slots: count,
-                share: slots::share(count, state.slots()),
-            });
-        }
+        let shares = slots.shares(state, &backends, |backend| {
+            families.address(service_port, backend.address)
+        })?;
         rows.push(row(number, state, shares));
     }
     output::list(format, &rows, table)
@@ -91,10 +73,10 @@ fn table(rows: &[Row]) -> Table {
             row.endpoint_set.as_str().into(),
             Cell::number(row.first_slot),
             Cell::number(row.slots),
-            each(|b| output::address_port(&b.address, b.port)),
-            each(|b| b.number.to_string()),
-            each(|b| b.slots.to_string()),
-            each(|b| format!("{:.2}%", b.share)),
+            each(|share| share.backend.place()),
+            each(|share| share.backend.number.to_string()),
+            each(|share| share.slots.to_string()),
+            each(Share::percent),
         ]);
     }
     table
@@ -104,16 +86,19 @@ fn table(rows: &[Row]) -> Table {
 mod tests {
     use weir_common::service::{endpoint_set, state_row};
 
-    use super::*;
+    use super::{super::slots::BackendRow, *};
 
     #[test]
     fn a_set_shows_its_shares() {
-        let share = |number, slots| Share {
-            number,
-            address: "fd00::1".into(),
-            port: 8080,
-            slots,
-            share: slots::share(slots, 251),
+        let share = |number, slots| {
+            let backend = BackendRow {
+                number,
+                address: "fd00::1".into(),
+                port: 8080,
+                state: "active".into(),
+                generation: 1,
+            };
+            Share::new(backend, slots, 251)
         };
         let used = ServiceState::new(502, 251, flag::IN_USE | flag::AFFINITY);
         let empty = ServiceState::new(0, 0, flag::IN_USE);

@@ -1,11 +1,69 @@
-//! Reads regions of slots: how many of them each backend has.
+//! Reads backends and regions of slots: who a backend is, and how many slots it has. Every view that
+//! shows backends builds its rows from these.
 
 use std::collections::{BTreeMap, HashMap};
 
 use aya::maps::{Array, ArrayOfMaps, MapData};
-use weir_common::service::{ServiceState, SlotIndex};
+use serde::Serialize;
+use weir_common::service::{Backend, ServiceState, SlotIndex};
 
-use super::Pins;
+use super::{Pins, names};
+use crate::output;
+
+/// A backend as it stands in `BACKENDS`.
+#[derive(Clone, Debug, Serialize)]
+pub struct BackendRow {
+    pub number: u32,
+    pub address: String,
+    pub port: u16,
+    pub state: String,
+    pub generation: u32,
+}
+
+impl BackendRow {
+    /// `address` is the backend's in the form of its family.
+    pub fn new(number: u32, backend: &Backend, address: String) -> Self {
+        Self {
+            number,
+            address,
+            port: backend.port.get(),
+            state: names::backend_state(backend.state),
+            generation: backend.generation,
+        }
+    }
+
+    /// `10.0.1.5:8080`, `[fd00::1]:8080`.
+    pub fn place(&self) -> String {
+        output::address_port(&self.address, self.port)
+    }
+}
+
+/// A backend and how many slots it has.
+#[derive(Clone, Debug, Serialize)]
+pub struct Share {
+    #[serde(flatten)]
+    pub backend: BackendRow,
+    pub slots: u32,
+    /// Percent of the region.
+    pub share: f64,
+}
+
+impl Share {
+    /// `slots` of a region of `of`.
+    pub fn new(backend: BackendRow, slots: u32, of: u32) -> Self {
+        Self {
+            backend,
+            slots,
+            // With two decimals.
+            share: (f64::from(slots) * 10_000.0 / f64::from(of.max(1))).round() / 100.0,
+        }
+    }
+
+    /// `50.20%`.
+    pub fn percent(&self) -> String {
+        format!("{:.2}%", self.share)
+    }
+}
 
 /// The slots of all Service ports, whose chunks are opened as they are needed.
 pub struct Slots {
@@ -21,8 +79,23 @@ impl Slots {
         })
     }
 
+    /// The backends in the region of `state`; `address` writes the address of one.
+    pub fn shares(
+        &mut self,
+        state: ServiceState,
+        backends: &Array<MapData, Backend>,
+        address: impl Fn(&Backend) -> String,
+    ) -> anyhow::Result<Vec<Share>> {
+        let share = |(number, slots): (u32, u32)| {
+            let backend = backends.get(&number, 0)?;
+            let row = BackendRow::new(number, &backend, address(&backend));
+            Ok(Share::new(row, slots, state.slots()))
+        };
+        self.count(state)?.into_iter().map(share).collect()
+    }
+
     /// Numbers of backends, each with its slots in the region of `state`.
-    pub fn count(&mut self, state: ServiceState) -> anyhow::Result<BTreeMap<u32, u32>> {
+    fn count(&mut self, state: ServiceState) -> anyhow::Result<BTreeMap<u32, u32>> {
         let mut counts: BTreeMap<u32, u32> = BTreeMap::new();
         for offset in 0..state.slots() {
             let place = SlotIndex::new(state.first_slot().wrapping_add(offset));
@@ -46,9 +119,4 @@ impl Slots {
         };
         Ok(inner.get(&element, 0)?)
     }
-}
-
-/// Percent, with two decimals.
-pub fn share(slots: u32, of: u32) -> f64 {
-    (f64::from(slots) * 10_000.0 / f64::from(of.max(1))).round() / 100.0
 }
