@@ -187,6 +187,7 @@ impl Agent {
         let network = netlink.watch().await.context("cannot watch the network")?;
         let mut datapath = Datapath::open(&start::datapath_options(&settings))
             .context("cannot load the data path")?;
+        datapath.refuse_later();
         let ring = datapath
             .take_events()
             .context("cannot read the events of the kernel programs")?;

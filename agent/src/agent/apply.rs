@@ -49,6 +49,7 @@ impl Agent {
                 let wanted = self.model.service(key).is_some();
                 either(wanted, Phase::Add, Phase::Remove)
             }
+            Row::Refusals => Phase::Remove,
             Row::Sweep => Phase::Sweep,
         }
     }
@@ -109,6 +110,7 @@ impl Agent {
                 self.note_service_addresses();
                 Ok(())
             }
+            Row::Refusals => Ok(self.datapath.refuse()?),
             Row::Sweep => self.sweep().await,
         }
     }

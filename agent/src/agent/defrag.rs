@@ -114,16 +114,15 @@ impl Agent {
         let Some(device) = self.defrag.device else {
             return 0;
         };
-        if with_state {
-            self.mark(Row::Defrag);
-        }
         let is_whole =
             self.datapath.is_defrag_attached(device) && defrag::is_attached(self.datapath.links());
-        if is_whole || self.rows.failure(&Row::Defrag).is_some() {
-            return 0;
+        let is_missing = !is_whole && !self.rows.is_known(&Row::Defrag);
+        if is_missing {
+            tracing::warn!("what puts datagrams together was taken away; making it again");
         }
-        tracing::warn!("what puts datagrams together was taken away; making it again");
-        self.mark(Row::Defrag);
-        1
+        if is_missing || with_state {
+            self.mark(Row::Defrag);
+        }
+        usize::from(is_missing)
     }
 }

@@ -25,8 +25,8 @@ impl Agent {
             .keys()
             .copied()
             .filter(|ifindex| !self.datapath.is_device_attached(*ifindex))
-            // One that failed is tried again in its own time.
-            .filter(|ifindex| self.rows.failure(&Row::Device(*ifindex)).is_none())
+            // One that failed is tried again in its own time, and what waits for its turn is not missing.
+            .filter(|ifindex| !self.rows.is_known(&Row::Device(*ifindex)))
             .collect();
         for ifindex in &devices {
             tracing::warn!(

@@ -173,6 +173,9 @@ impl Agent {
     /// A Service has changed: its addresses may need routes, or need them no more.
     pub(super) fn note_service_addresses(&mut self) {
         let addresses = self.datapath.take_service_addresses();
+        if self.datapath.ipcache().is_lenient() {
+            self.mark(Row::Refusals);
+        }
         if !addresses.is_empty() {
             self.host.dirty.extend(addresses);
             self.mark(Row::ServiceRoutes);
@@ -254,27 +257,27 @@ impl Agent {
         if self.late.host {
             return missing;
         }
-        if with_routes {
-            self.host.forget_routes();
-            self.mark(Row::Host);
-            self.mark(Row::ServiceRoutes);
-        }
         let detached = self
             .host
             .programs()
             .any(|ifindex| !self.datapath.is_host_attached(ifindex));
-        if detached && self.rows.failure(&Row::Host).is_none() {
+        if detached && !self.rows.is_known(&Row::Host) {
             tracing::warn!("programs of the node's own device were detached; attaching them again");
             self.mark(Row::Host);
             missing += 1;
         }
         if self.settings.socket_translation
             && !self.datapath.are_sockets_attached()
-            && self.rows.failure(&Row::Sockets).is_none()
+            && !self.rows.is_known(&Row::Sockets)
         {
             tracing::warn!("programs of sockets were detached; attaching them again");
             self.mark(Row::Sockets);
             missing += 1;
+        }
+        if with_routes {
+            self.host.forget_routes();
+            self.mark(Row::Host);
+            self.mark(Row::ServiceRoutes);
         }
         missing
     }

@@ -32,6 +32,8 @@ pub enum Row {
     Sockets,
     /// Routes of addresses of Services to the node's own device.
     ServiceRoutes,
+    /// Refusals at addresses that Services have come to have.
+    Refusals,
     /// A device of the node and the programs on it.
     Device(u32),
     /// The next hop to a node.
@@ -55,6 +57,7 @@ impl fmt::Display for Row {
             Self::Defrag => f.write_str("device weir-defrag"),
             Self::Sockets => f.write_str("programs of sockets"),
             Self::ServiceRoutes => f.write_str("routes to addresses of Services"),
+            Self::Refusals => f.write_str("refusals at addresses of Services"),
             Self::Device(ifindex) => write!(f, "programs of device #{ifindex}"),
             Self::Hop(node, family) => write!(f, "next hop to node {node} ({})", family.name()),
             Self::Endpoint(key) => write!(f, "flags of endpoint {key}"),
@@ -171,6 +174,11 @@ impl Rows {
     pub fn due(&self, now: Instant) -> Vec<Row> {
         let due = self.failed.iter().filter(|(_, failure)| failure.due <= now);
         due.map(|(row, _)| row.clone()).collect()
+    }
+
+    /// Whether the row waits for its turn, or for another attempt.
+    pub fn is_known(&self, row: &Row) -> bool {
+        self.phases.contains_key(row) || self.failed.contains_key(row)
     }
 
     /// Rows that failed.

@@ -540,6 +540,20 @@ impl Datapath {
         &self.ipcache
     }
 
+    /// See [`Ipcache::refuse_later`].
+    pub fn refuse_later(&mut self) {
+        self.ipcache.refuse_later();
+    }
+
+    /// See [`Ipcache::refuse`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn refuse(&mut self) -> Result<(), TableError> {
+        self.ipcache.refuse()
+    }
+
     /// See [`Ipcache::take_service_addresses`].
     pub fn take_service_addresses(&mut self) -> BTreeSet<IpAddr> {
         self.ipcache.take_service_addresses()

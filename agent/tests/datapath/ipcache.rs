@@ -175,3 +175,53 @@ fn after_a_restart_an_address_stays_marked_until_services_are_known() {
         }
     }
 }
+
+/// The ports of a Service are entered one after another: the first does not make the others unknown.
+#[test]
+fn nothing_is_refused_before_all_ports_are_in_place() {
+    for family in FAMILIES {
+        let fs = BpfFs::new();
+        let mut datapath = fs.open();
+        datapath.refuse_later();
+        let address = cluster_ip(family, 1);
+        let flags = || class_and_flags(&fs, address).unwrap().1;
+        let (first, second) = (key(family, 1), key(family, 2));
+        let of_first = at(family, &[ClusterIp]);
+        let mut of_second = of_first.clone();
+        of_second.frontends = of_second
+            .frontends
+            .into_iter()
+            .map(|frontend| Frontend {
+                port: 443,
+                ..frontend
+            })
+            .collect();
+        datapath.apply_service(&first, Some(&of_first)).unwrap();
+        assert_eq!(flags(), FRONTENDS | CLUSTER_IP);
+        assert!(datapath.ipcache().is_lenient());
+        datapath.apply_service(&second, Some(&of_second)).unwrap();
+        assert_eq!(flags(), FRONTENDS | CLUSTER_IP);
+        datapath.refuse().unwrap();
+        assert_eq!(flags(), FRONTENDS | REFUSE | CLUSTER_IP);
+        assert!(!datapath.ipcache().is_lenient());
+
+        // A port more changes nothing there, nor does the next agent, which finds it so.
+        datapath.apply_service(&second, None).unwrap();
+        datapath.apply_service(&second, Some(&of_second)).unwrap();
+        assert_eq!(flags(), FRONTENDS | REFUSE | CLUSTER_IP);
+        drop(datapath);
+        let mut datapath = fs.open();
+        datapath.refuse_later();
+        datapath.apply_service(&first, Some(&of_first)).unwrap();
+        assert_eq!(flags(), FRONTENDS | REFUSE | CLUSTER_IP);
+        assert!(!datapath.ipcache().is_lenient());
+
+        // An address that goes before its turn has come leaves nothing.
+        datapath.prune().unwrap();
+        datapath.apply_service(&first, None).unwrap();
+        datapath.apply_service(&first, Some(&of_first)).unwrap();
+        datapath.apply_service(&first, None).unwrap();
+        datapath.refuse().unwrap();
+        assert!(datapath.ipcache().entries().is_empty());
+    }
+}

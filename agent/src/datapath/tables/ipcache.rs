@@ -34,6 +34,10 @@ pub struct Ipcache {
     /// Addresses that have become Services' own, or are no longer, since the last
     /// [`Self::take_service_addresses`].
     service_addresses: BTreeSet<IpAddr>,
+    /// See [`Self::refuse_later`].
+    refuses_later: bool,
+    /// Addresses of Services at which nothing is refused yet.
+    lenient: BTreeSet<IpAddr>,
 }
 
 /// Whether an entry is that of an address that Services serve and no node has.
@@ -48,6 +52,8 @@ struct Row {
     explicit: Option<IpcacheEntry>,
     /// Frontends at this address.
     frontends: Frontends,
+    /// Nothing is refused there yet.
+    is_lenient: bool,
     /// A pod range of this node of which only a part has rows.
     large_range: bool,
     /// Found at start: what an earlier agent had written, as long as it has frontends and none of
@@ -127,8 +133,12 @@ impl Row {
         };
         let is_node = matches!(base.class, class::THIS_NODE | class::REMOTE_NODE);
         let held = found.map_or(0, |found| found.flags & OF_FRONTENDS);
+        let of_frontends = match self.frontends.flags(is_node) {
+            flags if self.is_lenient => flags & !flag::REFUSE,
+            flags => flags,
+        };
         Some(IpcacheEntry {
-            flags: base.flags | self.frontends.flags(is_node) | held,
+            flags: base.flags | of_frontends | held,
             ..base
         })
     }
@@ -157,7 +167,43 @@ impl Ipcache {
             entries,
             rows,
             service_addresses: BTreeSet::new(),
+            refuses_later: false,
+            lenient: BTreeSet::new(),
         })
+    }
+
+    /// From here on nothing is refused at an address that Services come to have, until [`Self::refuse`] is
+    /// called: the first of the address's ports does not make the others unknown that are about to come,
+    /// and that somebody else may have served until now.
+    pub fn refuse_later(&mut self) {
+        self.refuses_later = true;
+    }
+
+    /// Whether [`Self::refuse`] has something to do.
+    #[must_use]
+    pub fn is_lenient(&self) -> bool {
+        !self.lenient.is_empty()
+    }
+
+    /// Every port that Services have at their addresses is known: others are refused from here on.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's; the call can be repeated.
+    pub fn refuse(&mut self) -> Result<(), TableError> {
+        while let Some(&address) = self.lenient.first() {
+            let prefix = IpNet::from(address);
+            if self.rows.contains_key(&prefix) {
+                self.change(prefix, |row| row.is_lenient = false)
+                    .inspect_err(|_| {
+                        if let Some(row) = self.rows.get_mut(&prefix) {
+                            row.is_lenient = true;
+                        }
+                    })?;
+            }
+            self.lenient.pop_first();
+        }
+        Ok(())
     }
 
     /// Says what a prefix is, unless a Service has this address.
@@ -210,6 +256,17 @@ impl Ipcache {
         address: IpAddr,
         kind: FrontendKind,
     ) -> Result<(), TableError> {
+        let row = self.rows.get(&IpNet::from(address));
+        let refuses = row
+            .and_then(|row| row.written)
+            .is_some_and(|entry| entry.flags & flag::REFUSE != 0);
+        if self.refuses_later && !refuses {
+            self.lenient.insert(address);
+            self.rows
+                .entry(IpNet::from(address))
+                .or_default()
+                .is_lenient = true;
+        }
         self.change_frontends(address, |frontends| frontends.add(kind))
     }
 
