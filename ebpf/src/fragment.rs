@@ -66,7 +66,9 @@ pub fn resolve<F: Family>(ctx: &TcContext) -> u32 {
         ctx.skb
             .set_mark(access::mark(ctx) & !(0xf << switches::mark_shift()));
     }
-    let may_go = packet.has_come_back == 0 && device() != 0;
+    // What the stack sends is in order, and is never sent away.
+    let is_sent_by_stack = packet.key.scope > scope::UNDERLAY;
+    let may_go = packet.has_come_back == 0 && !is_sent_by_stack && device() != 0;
     let key = key_of(packet);
     maps::count_lookup(Lookup::Fragment);
     if packet.fragment == fragment::FIRST {
@@ -90,13 +92,7 @@ pub fn resolve<F: Family>(ctx: &TcContext) -> u32 {
     }
     // SAFETY: as above.
     match unsafe { F::fragments().get(&key) }.copied() {
-        Some(found) if found == ELSEWHERE && packet.has_come_back == 0 => {
-            if may_go {
-                ports::ELSEWHERE
-            } else {
-                ports::UNKNOWN
-            }
-        }
+        Some(found) if may_go && found == ELSEWHERE => ports::ELSEWHERE,
         Some(found) => {
             packet.key.source_port = found.source;
             packet.key.destination_port = found.destination;
