@@ -23,7 +23,7 @@ fn every_map_is_pinned_and_used_again() {
     };
     let datapath = fs.open();
     let before = (names(), ids());
-    assert_eq!(before.0.len(), 28, "{:?}", before.0);
+    assert_eq!(before.0.len(), 29, "{:?}", before.0);
     assert!(before.0.contains("FLOWS_V4") && !before.0.contains("SCRATCH"));
     assert!(datapath.migrations().is_empty());
     drop(datapath);
@@ -85,7 +85,7 @@ fn another_abi_version_starts_from_nothing() {
     row.abi_version = ABI_VERSION + 1;
     config.set(0, row, 0).unwrap();
     let datapath = fs.open();
-    assert_eq!(datapath.migrations().len(), 28);
+    assert_eq!(datapath.migrations().len(), 29);
     assert!(datapath.migrations().iter().all(|m| !m.kept));
     assert_eq!(datapath.config().row().abi_version, 0);
 }

@@ -98,7 +98,7 @@ fn assert_done(fs: &BpfFs, connections: usize) {
         };
         assert_eq!(size(fs, name), wanted, "{name}");
     }
-    assert_eq!(pins(fs).len(), 28, "{:?}", pins(fs));
+    assert_eq!(pins(fs).len(), 29, "{:?}", pins(fs));
 }
 
 /// The start after the crash, up to the end of the migration.
@@ -129,7 +129,7 @@ fn until_the_new_maps_hold_everything_the_old_ones_count() {
             "the old one is still in its place"
         );
         assert_eq!(entries(&fs), (4, 4));
-        assert_eq!(pins(&fs).len(), 28 + 4, "{:?}", pins(&fs));
+        assert_eq!(pins(&fs).len(), 29 + 4, "{:?}", pins(&fs));
         // Killed.
         drop(datapath);
     }
