@@ -308,7 +308,11 @@ impl<'b> Differential<'b> {
         let reference = reference::compute(&self.world);
         let desired: BTreeMap<_, _> = self.model.services().collect();
         assert_eq!(desired, reference.services.iter().collect(), "the model");
-        maps::compare(&self.bed.fs, &reference, &self.places);
+        let is_swept = self.random.one_in(2);
+        if is_swept {
+            self.bed.datapath.sweep_affinity(u32::MAX).unwrap();
+        }
+        maps::compare(&self.bed.fs, &reference, &self.places, is_swept);
         self.cases += 1;
         reference
     }
