@@ -8,6 +8,7 @@
 //! apply all desired state, and once the source is synced [`Datapath::prune`].
 
 pub mod attach;
+mod attached;
 pub mod counters;
 pub mod defrag;
 mod error;
@@ -27,13 +28,7 @@ pub mod sys;
 pub mod tables;
 pub mod verify;
 
-use std::{
-    collections::BTreeSet,
-    io,
-    net::IpAddr,
-    os::fd::{AsFd as _, OwnedFd},
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, io, net::IpAddr, os::fd::AsFd as _, path::PathBuf};
 
 use aya::{Ebpf, maps::RingBuf, programs::SchedClassifier};
 use ipnet::IpNet;
@@ -246,196 +241,6 @@ impl Datapath {
             .iter()
             .map(String::as_str)
             .filter(|name| !self.layout.pin(name).exists())
-    }
-
-    /// How programs are attached on this kernel.
-    #[must_use]
-    pub fn attach_mode(&self) -> AttachMode {
-        self.attacher.mode
-    }
-
-    /// Attaches `from_pod` and `to_pod` to the host side of a pod's veth pair, or replaces what
-    /// is attached there. Replies of the pod are handled only once both are.
-    ///
-    /// # Errors
-    ///
-    /// The device is gone or not the one meant, or the kernel's.
-    pub fn attach_endpoint(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
-        let _held = self.expedite.hold();
-        self.attach(Hook::ToPod, ifindex, device)?;
-        self.attach(Hook::FromPod, ifindex, device)
-    }
-
-    /// Attaches `from_netdev` and `to_netdev` to a device of the node, or replaces what is there.
-    ///
-    /// # Errors
-    ///
-    /// The device is gone or not the one meant, or the kernel's.
-    pub fn attach_device(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
-        let _held = self.expedite.hold();
-        self.attach(Hook::ToNetdev, ifindex, device)?;
-        self.attach(Hook::FromNetdev, ifindex, device)
-    }
-
-    /// Whether both programs are attached to the host side of a pod's veth pair.
-    #[must_use]
-    pub fn is_endpoint_attached(&self, ifindex: u32) -> bool {
-        self.is_attached([Hook::FromPod, Hook::ToPod], ifindex)
-    }
-
-    /// Whether both programs are attached to a device of the node.
-    #[must_use]
-    pub fn is_device_attached(&self, ifindex: u32) -> bool {
-        self.is_attached([Hook::FromNetdev, Hook::ToNetdev], ifindex)
-    }
-
-    fn is_attached<const N: usize>(&self, hooks: [Hook; N], ifindex: u32) -> bool {
-        hooks
-            .into_iter()
-            .all(|hook| self.attacher.is_attached(hook, ifindex))
-    }
-
-    fn attach(&mut self, hook: Hook, ifindex: u32, device: &str) -> Result<(), DatapathError> {
-        if self.attacher.is_attached(hook, ifindex) {
-            self.layout.commit()?;
-        }
-        let program = loader::program(&mut self.ebpf, hook.name())?;
-        self.attacher.attach(program, hook, ifindex, device)
-    }
-
-    /// Attaches the programs of sockets to a cgroup, or replaces what is attached there.
-    ///
-    /// # Errors
-    ///
-    /// The folder is no cgroup of version 2, or the kernel's.
-    pub fn attach_sockets(&mut self, cgroup: &Path) -> Result<(), DatapathError> {
-        self.layout.commit()?;
-        sockets::attach(&mut self.ebpf, &self.attacher.folder, cgroup)
-    }
-
-    /// Detaches the programs of sockets; none attached is no error.
-    ///
-    /// # Errors
-    ///
-    /// A pin cannot be removed.
-    pub fn detach_sockets(&self) -> Result<(), DatapathError> {
-        sockets::detach(&self.attacher.folder)
-    }
-
-    /// The programs of sockets that are attached, each with its identifier.
-    #[must_use]
-    pub fn socket_programs(&self) -> Vec<(&'static str, u32)> {
-        sockets::attached(&self.ebpf, &self.attacher.folder)
-    }
-
-    /// Whether the programs of sockets are attached.
-    #[must_use]
-    pub fn are_sockets_attached(&self) -> bool {
-        sockets::are_attached(&self.attacher.folder)
-    }
-
-    /// A handle on the map in which sockets remember what they were translated from; its values are
-    /// for [`sockets::frontend_of`].
-    ///
-    /// # Errors
-    ///
-    /// There is no free file descriptor.
-    pub fn socket_frontends(&self) -> Result<OwnedFd, DatapathError> {
-        sockets::frontends(&self.ebpf)
-    }
-
-    /// Attaches `from_host` to our end of the node's own device, or to the loopback device, or
-    /// replaces what is there.
-    ///
-    /// # Errors
-    ///
-    /// The device is gone or not the one meant, or the kernel's.
-    pub fn attach_host(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
-        let _held = self.expedite.hold();
-        self.attach(Hook::FromHost, ifindex, device)
-    }
-
-    /// Whether `from_host` is attached to a device.
-    #[must_use]
-    pub fn is_host_attached(&self, ifindex: u32) -> bool {
-        self.is_attached([Hook::FromHost], ifindex)
-    }
-
-    /// Attaches `from_defrag` to the device behind which datagrams are put together, or replaces what is
-    /// there.
-    ///
-    /// # Errors
-    ///
-    /// The device is gone or not the one meant, or the kernel's.
-    pub fn attach_defrag(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
-        let _held = self.expedite.hold();
-        self.attach(Hook::FromDefrag, ifindex, device)
-    }
-
-    /// Whether `from_defrag` is attached to a device.
-    #[must_use]
-    pub fn is_defrag_attached(&self, ifindex: u32) -> bool {
-        self.is_attached([Hook::FromDefrag], ifindex)
-    }
-
-    /// Tells the programs the device behind which datagrams are put together; 0: there is none.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
-    pub fn set_defrag_device(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        self.defrag
-            .update(&0u32.to_ne_bytes(), &ifindex.to_ne_bytes())
-            .map_err(|source| DatapathError::Map {
-                name: "DEFRAG",
-                source,
-            })
-    }
-
-    /// Lets go of what puts datagrams together, and with it of the namespace that it does so in.
-    ///
-    /// # Errors
-    ///
-    /// A pin cannot be removed.
-    pub fn detach_defrag(&self) -> Result<(), DatapathError> {
-        let folder = &self.attacher.folder;
-        defrag::detach(folder).map_err(|error| DatapathError::pin(folder, error))
-    }
-
-    /// Folder of the pins of links.
-    #[must_use]
-    pub fn links(&self) -> &Path {
-        &self.attacher.folder
-    }
-
-    /// Detaches every program from a device; one that is gone, or has none, is no error.
-    ///
-    /// # Errors
-    ///
-    /// A pin cannot be removed.
-    pub fn detach(&self, ifindex: u32) -> Result<(), DatapathError> {
-        let _held = self.expedite.hold();
-        self.attacher.detach(ifindex)
-    }
-
-    /// What is attached, also by an earlier agent.
-    ///
-    /// # Errors
-    ///
-    /// The folder of the links cannot be read.
-    pub fn attachments(&self) -> Result<Vec<Attachment>, DatapathError> {
-        self.attacher.attachments()
-    }
-
-    /// Detaches from every device whose index is not in `keep`, and forgets devices that are
-    /// gone. Gives the indices swept.
-    ///
-    /// # Errors
-    ///
-    /// A pin cannot be removed.
-    pub fn sweep_attachments(&self, keep: &BTreeSet<u32>) -> Result<BTreeSet<u32>, DatapathError> {
-        let _held = self.expedite.hold();
-        self.attacher.sweep(keep)
     }
 
     /// A loaded program, for test runs.
