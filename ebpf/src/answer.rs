@@ -69,11 +69,14 @@ pub fn send_back(ctx: &TcContext, hook: Hook) -> i32 {
     let ifindex = access::ifindex(ctx);
     // SAFETY: no preconditions.
     let action = unsafe {
-        if matches!(hook, Hook::FromPod) {
-            bpf_redirect_peer(ifindex, 0)
-        } else {
-            ctx.set_mark(access::mark(ctx) | mark::DONE << switches::mark_shift());
-            bpf_redirect(ifindex, 0)
+        match hook {
+            Hook::FromPod => bpf_redirect_peer(ifindex, 0),
+            // No program of ours takes the mark off there.
+            Hook::FromHost => bpf_redirect(ifindex, 0),
+            _ => {
+                ctx.set_mark(access::mark(ctx) | mark::DONE << switches::mark_shift());
+                bpf_redirect(ifindex, 0)
+            }
         }
     };
     action as i32

@@ -14,7 +14,7 @@ use weir_common::{
 use crate::{
     deliver::Hop,
     family::{Family, InPodRange},
-    local,
+    fragment, local,
     packet::Packet,
     policy, scratch, service,
 };
@@ -110,7 +110,7 @@ fn try_decide<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReaso
     policy::judge(egress_set)?;
     let mut target = locate::<F>(config, packet.key.destination, number);
     decision.address_flags = u32::from(target.flags);
-    let row = frontend::<F>(packet, target.flags, ports_known)?;
+    let row = frontend::<F>(packet, number, target.flags, ports_known)?;
     if row != service::NO_ROW {
         let client = service::client_of::<F>(packet.key.source, number == NODE);
         let chosen = service::choose::<F>(row, F::hash_tuple(packet), &client)?;
@@ -159,6 +159,7 @@ fn try_decide<F: Family>(sender: u32, ports_known: bool) -> Result<(), DropReaso
 #[inline(always)]
 fn frontend<F: Family>(
     packet: &Packet<F::Address>,
+    sender: u32,
     flags: u8,
     ports_known: bool,
 ) -> Result<u32, DropReason> {
@@ -166,7 +167,8 @@ fn frontend<F: Family>(
         return Ok(service::NO_ROW);
     }
     if !ports_known {
-        if flags & address_flag::FRONTENDS != 0 {
+        let may_wait = sender != NODE && fragment::is_put_together();
+        if flags & address_flag::FRONTENDS != 0 || may_wait {
             return Err(DropReason::FragmentNotFound);
         }
         // Most of what goes to a node is for the node.

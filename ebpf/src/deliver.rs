@@ -9,7 +9,7 @@ use weir_common::{
     DropReason, MacAddress,
     config::HOST_DEVICE_MAC,
     endpoint::Endpoint,
-    flow::flag,
+    flow::{flag, scope},
     mark,
     metrics::Hook,
     next_hop::{self, NextHop},
@@ -111,8 +111,13 @@ pub fn deliver<F: Family>(
         (None, Some(row)) => u32::from(row.mtu),
         (None, None) => return to_stack::<F>(ctx, hook, packet),
     };
+    let on_loopback = matches!(hook, Hook::FromHost) && access::ifindex(ctx) == LOOPBACK;
+    if on_loopback && hop.endpoint.is_none() {
+        // The route that it carries would take it back from a neighbour who is still to be found.
+        return to_stack::<F>(ctx, hook, packet);
+    }
     if packet.wire_length(ctx) > mtu {
-        if packet.dont_fragment == 0 {
+        if packet.dont_fragment == 0 || (on_loopback && F::NUMBER == 4) {
             // The stack cuts it and routes the pieces the same way.
             return to_stack::<F>(ctx, hook, packet);
         }
@@ -136,7 +141,7 @@ pub fn deliver<F: Family>(
         (Some(row), _) => {
             // SAFETY: no preconditions; a device that is gone makes the helper drop the packet.
             Verdict::local(unsafe {
-                if access::ifindex(ctx) == LOOPBACK {
+                if on_loopback {
                     // The packet carries the host's route to itself, which only the way through
                     // the device takes off.
                     bpf_redirect(row.ifindex, 0)
@@ -153,13 +158,17 @@ pub fn deliver<F: Family>(
     })
 }
 
+/// Bytes of a packet that every way takes: the smallest MTU of IPv6 (RFC 8200 section 5).
+const SMALL: u32 = 1280;
+
 /// Interface index of the loopback device, in every network namespace.
 pub const LOOPBACK: u32 = 1;
 
 /// Translates the packet in place and leaves it to the stack.
 ///
 /// A reply that now comes from a Service is handed over as received by the node's own device, to which
-/// the routes of Services lead: elsewhere the stack may take its source for forged (RFC 3704).
+/// the routes of Services lead: elsewhere the stack may take its source for forged (RFC 3704). So is what
+/// the node sent to its own address and what goes elsewhere now, for which the stack looks up a route.
 #[inline(always)]
 pub fn to_stack<F: Family>(
     ctx: &TcContext,
@@ -171,11 +180,22 @@ pub fn to_stack<F: Family>(
     }
     packet.rewrite.write::<F>(ctx, packet)?;
     packet.rewrite.fix_checksum::<F>(ctx, packet)?;
-    if !matches!(hook, Hook::FromPod | Hook::FromNetdev) || packet.rewrite.flags & flag::REPLY == 0
-    {
-        return Ok(Verdict::STACK);
+    let flags = packet.rewrite.flags;
+    let is_reply = flags & flag::REPLY != 0;
+    let reply_scope = (flags & flag::PARTNER_SCOPE_MASK) >> flag::PARTNER_SCOPE_SHIFT;
+    let leaves_node = !is_reply && reply_scope != u16::from(scope::NODE);
+    match hook {
+        Hook::FromPod | Hook::FromNetdev if is_reply => as_received_by_host(ctx),
+        // It carries the host's route to itself, by which it would come to nobody else.
+        Hook::FromHost if access::ifindex(ctx) == LOOPBACK && leaves_node => {
+            if packet.wire_length(ctx) > SMALL {
+                // The node has seen the MTU of its loopback device, and would not learn of another one.
+                F::permit_fragments(ctx)?;
+            }
+            as_received_by_host(ctx)
+        }
+        _ => Ok(Verdict::STACK),
     }
-    as_received_by_host(ctx)
 }
 
 /// Hands the packet, which comes from a Service by its source, to the stack as received by the node's own

@@ -134,6 +134,7 @@ fn try_send_away<F: Family>(ctx: &TcContext, hook: u32) -> Result<Verdict, DropR
     // On its way it loses one of its time to live, which it gets back; and what is for one link
     // only, or for many receivers, would not come back.
     let stays = F::is_multicast(destination)
+        || F::is_link_local(packet.key.source)
         || (F::is_link_local(destination) && destination != F::loopback(local::config()?));
     if ifindex == 0 || packet.has_come_back != 0 || packet.ttl <= 1 || stays {
         return Err(DropReason::FragmentNotFound);
@@ -218,6 +219,12 @@ pub fn is_ours_again(ctx: &TcContext) -> bool {
     /// `PACKET_HOST` (include/uapi/linux/if_packet.h).
     const HOST: u32 = 0;
     has_come_back(ctx) && ctx.change_type(HOST).is_ok()
+}
+
+/// Whether there is somebody who puts datagrams together.
+#[inline(always)]
+pub fn is_put_together() -> bool {
+    device() != 0
 }
 
 /// The device behind which datagrams are put together; 0 if there is none.

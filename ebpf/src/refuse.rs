@@ -4,6 +4,7 @@
 //! dropped only.
 
 use aya_ebpf::{
+    bindings::TC_ACT_SHOT,
     helpers::{bpf_csum_diff, bpf_ktime_get_ns},
     programs::TcContext,
 };
@@ -75,10 +76,14 @@ fn try_refuse<F: Family>(
     }
     // Now, while the packet is what it was.
     event::report_drop(ctx, hook, reason as u8);
-    if is_tcp {
-        reset::<F>(ctx, packet)?;
+    let built = if is_tcp {
+        reset::<F>(ctx, packet)
     } else {
-        icmp::build_port_unreachable::<F>(ctx)?;
+        icmp::build_port_unreachable::<F>(ctx)
+    };
+    if built.is_err() {
+        // Dropped only, for the reason that was reported.
+        return Ok(Verdict::refused(reason, TC_ACT_SHOT));
     }
     verdict::count(hook, outcome::REFUSED, 0);
     Ok(Verdict::refused(reason, answer::send_back(ctx, hook)))

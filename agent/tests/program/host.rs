@@ -122,6 +122,30 @@ impl Place {
         }
     }
 
+    /// The same for a request that comes by `device`. By the loopback device it is on its way to the node: the stack
+    /// is given it anew for another one, if the node's own device is `known`.
+    pub fn request_by(
+        self,
+        bed: &Bed,
+        (device, known): (u32, bool),
+        request: &Packet,
+        port: u16,
+    ) -> (Packet, Verdict) {
+        if device != LOOPBACK || self != Self::Elsewhere {
+            return self.request(bed, request, port);
+        }
+        let out = request.clone().to(self.address(bed));
+        let out = match out.l4 {
+            L4::Raw { .. } => out,
+            _ => out.destination_port(port),
+        };
+        if known {
+            (out.with_macs(host_macs(HOST_DEVICE)), Verdict::HostDevice)
+        } else {
+            (out, Verdict::Stack)
+        }
+    }
+
     /// A packet of the endpoint to the node, as a program sees it.
     pub fn answer(self, bed: &Bed, l4: L4) -> Packet {
         let (source, node) = (self.address(bed), bed.node());
@@ -209,7 +233,7 @@ fn there_and_back(bed: &mut Bed, known: bool) {
                 bed.apply(index, protocol, to, desired);
 
                 let request = node_sends(bed, device, address, first(&there));
-                let (out, verdict) = place.request(bed, &request, target);
+                let (out, verdict) = place.request_by(bed, (device, known), &request, target);
                 let case = Case::from_host(&format!("{name}: first"), device, &request, verdict);
                 let seen = bed.check(summed(case.out(&out), bed, kind));
                 assert_eq!(seen.flow_counter(outcome::FLOW_CREATED), 1, "{name}");
@@ -221,7 +245,7 @@ fn there_and_back(bed: &mut Bed, known: bool) {
                 );
 
                 let request = node_sends(bed, device, address, there);
-                let (out, verdict) = place.request(bed, &request, target);
+                let (out, verdict) = place.request_by(bed, (device, known), &request, target);
                 let case = Case::from_host(&format!("{name}: next"), device, &request, verdict);
                 let seen = bed.check(summed(case.out(&out), bed, kind).lookups(ESTABLISHED));
                 assert!(seen.flow_counters.is_empty(), "{name}: {seen:?}");
@@ -403,7 +427,8 @@ fn what_the_node_says_to_itself_is_let_alone() {
                 assert!(seen.flow_counters.is_empty(), "{name}: {seen:?}");
             }
             let packet = node_sends(bed, LOOPBACK, bed.node(), tcp(1, NODE_PORT, SYN));
-            let (out, verdict) = Place::Elsewhere.request(bed, &packet, TARGET);
+            let by = (LOOPBACK, true);
+            let (out, verdict) = Place::Elsewhere.request_by(bed, by, &packet, TARGET);
             let case = Case::from_host("the NodePort", LOOPBACK, &packet, verdict);
             bed.check(case.out(&out));
         }

@@ -99,6 +99,9 @@ pub trait Family: Sized {
     /// Takes one from the time to live. The caller has seen that it is above one.
     fn decrement_ttl(ctx: &TcContext) -> Result<(), DropReason>;
 
+    /// Permits the packet to be cut on its way, which its sender has not, where the family knows that.
+    fn permit_fragments(ctx: &TcContext) -> Result<(), DropReason>;
+
     /// Gives one back to the time to live, which another host has taken.
     fn increment_ttl(ctx: &TcContext) -> Result<(), DropReason>;
 

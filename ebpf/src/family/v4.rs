@@ -1,6 +1,6 @@
 //! IPv4 (RFC 791).
 
-use aya_ebpf::{btf_maps::lpm_trie::Key, programs::TcContext};
+use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::bpf_get_prandom_u32, programs::TcContext};
 use weir_common::{
     DropReason, Ipv4, checksum,
     config::{Config, PodRange},
@@ -57,6 +57,9 @@ const TTL_DIFFERENCE: u32 = u16::from_be(!0x0100) as u32;
 
 /// Difference that a time to live higher by one makes to it.
 const TTL_RISE: u32 = u16::from_be(0x0100) as u32;
+
+/// What the checksum gains when the flag 'don't fragment' is taken away.
+const DONT_FRAGMENT_DIFFERENCE: u32 = u16::from_be(!DONT_FRAGMENT) as u32;
 
 #[inline(always)]
 fn header(ctx: &TcContext) -> Result<*mut Header, DropReason> {
@@ -230,6 +233,21 @@ impl Family for V4 {
         let header = unsafe { &mut *header(ctx)? };
         header.ttl -= 1;
         header.checksum = checksum::apply(header.checksum, TTL_DIFFERENCE);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn permit_fragments(ctx: &TcContext) -> Result<(), DropReason> {
+        // SAFETY: as above.
+        let header = unsafe { &mut *header(ctx)? };
+        header.fragment &= !DONT_FRAGMENT.to_be();
+        // SAFETY: no preconditions.
+        let identification = unsafe { bpf_get_prandom_u32() } as u16;
+        // Where it may not be cut Linux gives all packets the same (RFC 6864 section 4.1).
+        let changed = checksum::apply(header.checksum, DONT_FRAGMENT_DIFFERENCE);
+        let numbered = u32::from(!header.identification) + u32::from(identification);
+        header.checksum = checksum::apply(changed, numbered);
+        header.identification = identification;
         Ok(())
     }
 

@@ -233,6 +233,12 @@ impl Family for V6 {
         Ok(())
     }
 
+    /// Nobody but the sender cuts (RFC 8200 section 4.5).
+    #[inline(always)]
+    fn permit_fragments(_: &TcContext) -> Result<(), DropReason> {
+        Ok(())
+    }
+
     #[inline(always)]
     fn increment_ttl(ctx: &TcContext) -> Result<(), DropReason> {
         // SAFETY: as above.

@@ -2,7 +2,7 @@
 //! a pod of this node goes straight there, replies translated back; the rest is the stack's.
 
 use aya_ebpf::programs::TcContext;
-use weir_common::{DropReason, flow::scope, metrics::Hook};
+use weir_common::{DropReason, flow::scope, ipcache::class, metrics::Hook, protocol};
 
 use super::{Kind, read_frame};
 use crate::{
@@ -45,14 +45,29 @@ fn forward<F: Family>(ctx: &TcContext) -> Result<Verdict, DropReason> {
     let number = receiver.map_or(decide::NODE, |receiver| receiver.number);
     let has_flows = local::has_flows(number);
     if has_flows && fragment::resolve_ports::<F>(ctx, packet) != ports::KNOWN {
-        // Whether it belongs to a translated connection cannot be told without its first.
         decide::check_outside_source::<F>(config, packet.key.source)?;
-        return Ok(fragment::put_together::<F>(ctx, Hook::FromNetdev, number));
+        if receiver.is_some() || is_for_this_node::<F>(packet) {
+            // Whether it belongs to a translated connection cannot be told without its first.
+            return Ok(fragment::put_together::<F>(ctx, Hook::FromNetdev, number));
+        }
+        return Ok(Verdict::STACK);
     }
     match receiver {
         Some(receiver) => to_local_pod::<F>(ctx, receiver, packet, has_flows),
         None => to_node::<F>(ctx, packet, has_flows),
     }
+}
+
+/// Whether a packet may belong to a connection of the node through a Service: what the node only forwards, and
+/// what has no ports, does not.
+#[inline(always)]
+fn is_for_this_node<F: Family>(packet: &Packet<F::Address>) -> bool {
+    let has_ports = matches!(
+        packet.key.protocol,
+        protocol::TCP | protocol::UDP | protocol::SCTP
+    );
+    has_ports
+        && F::ipcache(packet.key.destination).is_some_and(|entry| entry.class == class::THIS_NODE)
 }
 
 /// To the node, or through it: replies to what the node itself has sent to a Service are translated

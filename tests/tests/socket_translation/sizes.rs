@@ -1,12 +1,14 @@
-//! Packets larger than the MTU of the node's own device. The kernel asks no MTU of what a program hands
-//! over as received (since 5.12).
+//! Packets larger than the MTU of a device on their way: the node's own (the kernel asks no MTU of what a
+//! program hands over as received, since 5.12), and that of the way from the loopback device, which has a large one.
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 use std::net::SocketAddr;
-use weir_tests::{Node, Pod, TestResult, cluster::cluster_ips, traffic};
+use weir_tests::{
+    Node, Pod, TestResult, cluster::cluster_ips, objects::Endpoint, traffic, traffic::Server,
+};
 
-use super::support::{PORT, Setup};
+use super::support::{NODE_PORT, PORT, Setup, TARGET};
 
 /// Bytes of a datagram that needs fragments on the underlay, whose MTU is 1500, and none in [`WIDE`].
 const DATAGRAM: usize = 4000;
@@ -41,6 +43,39 @@ fn a_reply_larger_than_the_nodes_mtu_reaches_the_node() -> TestResult {
         let to = SocketAddr::new(address, PORT);
         let name = node.netns.run(|| traffic::udp_name(to, DATAGRAM))?;
         assert_eq!(name, pod.name);
+    }
+    Ok(())
+}
+
+/// What the node sends to its own NodePort is on its way to itself, until it is translated.
+#[test]
+fn the_nodes_own_port_leads_to_endpoints_everywhere() -> TestResult {
+    let setup = Setup::start("own node port", |_| {})?;
+    let (node, fabric) = (setup.node(), setup.cluster.fabric());
+    let mut servers = Vec::new();
+    let mut outside = Vec::new();
+    for address in ["192.168.77.1", "fd00:77::1"] {
+        let to = SocketAddr::new(address.parse().context("an address")?, TARGET);
+        servers.push(Server::start(fabric, to, "outside")?);
+        outside.push(Endpoint::ready(to.ip(), "", ""));
+    }
+    let [here, far] = [0, 1].map(|at| setup.endpoints[at].endpoints());
+    for (name, endpoints) in [("far", far), ("here", here), ("outside", outside)] {
+        setup.cluster.endpoints("web", TARGET, &endpoints)?;
+        setup.cluster.wait_applied()?;
+        for v6 in [false, true] {
+            let to = SocketAddr::new(node.address(v6)?, NODE_PORT);
+            // IPv6 routers do not cut, and nobody tells the node of an MTU on the way to itself.
+            let lengths: &[usize] = if v6 {
+                &[32, 1300]
+            } else {
+                &[32, 1300, 2000, 9000]
+            };
+            for length in lengths {
+                let answered = node.netns.run(|| traffic::udp_name(to, *length));
+                assert_eq!(answered.with_context(|| format!("endpoint {name}"))?, name);
+            }
+        }
     }
     Ok(())
 }

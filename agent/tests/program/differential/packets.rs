@@ -173,8 +173,12 @@ impl Differential<'_> {
             let what = "endpoint at a Service's address";
             return self.refused(probe, DropReason::NoBackend, what);
         }
-        let place = self.places.at(backend.address);
-        let (packet, ..) = self.packet(probe);
+        let (packet, _, ifindex) = self.packet(probe);
+        let place = match self.places.at(backend.address) {
+            // It was on its way to the node: the stack looks up another for it.
+            Place::Remote if ifindex == LOOPBACK => Place::Stack,
+            place => place,
+        };
         let mut packet = packet.to(backend.address).destination_port(backend.port);
         let mut what = "to an endpoint";
         if let (Sender::Pod(sender), Place::Pod(pod)) = (probe.sender, place)
@@ -236,10 +240,11 @@ impl Differential<'_> {
                 Verdict::Stack => (TC_ACT_UNSPEC, false),
                 Verdict::Dropped(_) => (TC_ACT_SHOT, false),
                 Verdict::Remote => (TC_ACT_REDIRECT, true),
-                Verdict::Refused(_) => (TC_ACT_REDIRECT, hook == Hook::FromHost),
-                Verdict::Local | Verdict::Answered | Verdict::HostDevice | Verdict::Defrag => {
-                    (TC_ACT_REDIRECT, false)
-                }
+                Verdict::Local
+                | Verdict::Answered
+                | Verdict::Refused(_)
+                | Verdict::HostDevice
+                | Verdict::Defrag => (TC_ACT_REDIRECT, false),
             };
             let mark = if is_marked {
                 mark::DONE << MARK_SHIFT
