@@ -377,6 +377,7 @@ impl Agent {
             services = self.model.services().map(|(key, _)| key.clone()).collect();
             // Once more, now with the complete list, even if no node has changed.
             self.mark(Row::Network);
+            self.mark(Row::Config);
             self.mark(Row::Sweep);
             tracing::info!(
                 revision = self.source_state.revision,

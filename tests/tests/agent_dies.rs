@@ -2,25 +2,33 @@
 //! is applied at the next start.
 
 use std::{
+    fs::File,
     net::SocketAddr,
+    os::fd::AsRawFd as _,
+    path::Path,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
 use weir_tests::{
-    Cluster, Pod, TestResult,
+    Cluster, Node, Pod, TestResult,
     cluster::{Way, cluster_ips},
     load::Load,
+    node::number,
+    objects::{self, Port},
     process, rounds,
     traffic::{self, Connection, Protocol, Server},
+    wait_for,
 };
 
 const PORT: u16 = 8080;
 /// For connections past the Service. On the port of its endpoints one of a hundred thousand new connections
 /// through the Service gets the client's port of a direct one (docs/datapath.md, limits known).
 const DIRECT_PORT: u16 = 8081;
+const NODE_PORT: u16 = 30_080;
 
-/// Two nodes with a client on the first, a server on each, and a Service of both.
+/// Two nodes with a client on the first, a server on each, and a Service of both with a NodePort. The nodes'
+/// own devices look whether the way back to a sender leads through them, as distributions have it.
 struct Bed {
     cluster: Cluster,
     client: Pod,
@@ -47,6 +55,16 @@ impl Bed {
         }
         let both: Vec<_> = servers.iter().collect();
         cluster.service_of_pods("web", &cluster_ips(10), PORT, &both)?;
+        let mut service = objects::service("web", &cluster_ips(10), &Port::both(80, PORT));
+        service["spec"]["type"] = "NodePort".into();
+        for port in 0..2 {
+            service["spec"]["ports"][port]["nodePort"] = NODE_PORT.into();
+        }
+        cluster.apply(&service)?;
+        cluster.wait_applied()?;
+        for node in cluster.nodes() {
+            node.netns.sysctl("net/ipv4/conf/eth0/rp_filter", "1")?;
+        }
         Ok(Self {
             cluster,
             client,
@@ -55,7 +73,16 @@ impl Bed {
         })
     }
 
-    /// New and long connections and datagrams: to the ClusterIPs and straight to the pods.
+    /// What processes of node1 reach the Service at: its ClusterIPs and the node's own addresses.
+    fn frontends_of_node(&self) -> Vec<SocketAddr> {
+        let cluster_ips = cluster_ips(10).map(|vip| SocketAddr::new(vip, 80));
+        let own = self.cluster.node("node1").addresses.iter();
+        let own = own.map(|address| SocketAddr::new(*address, NODE_PORT));
+        cluster_ips.into_iter().chain(own).collect()
+    }
+
+    /// New and long connections and datagrams: to the ClusterIPs and straight to the pods, and from the first
+    /// node itself.
     fn load(&self) -> Result<Load> {
         let mut load = Load::default();
         for vip in cluster_ips(10) {
@@ -68,6 +95,10 @@ impl Bed {
         for server in &self.servers {
             let to = SocketAddr::new(server.address(false)?, DIRECT_PORT);
             load = load.long_connection(&self.client.netns, to)?;
+        }
+        let node = &self.cluster.node("node1").netns;
+        for to in self.frontends_of_node() {
+            load = load.long_connection(node, to)?.datagrams(node, to)?;
         }
         load.wait_for(100, traffic::TIMEOUT)?;
         Ok(load)
@@ -104,6 +135,103 @@ fn twenty_kills_under_load_break_nothing() -> TestResult {
     Ok(())
 }
 
+/// Keeps everybody from opening a file, this process apart, while it lives: by a lease, which the kernel takes
+/// away 45 s after somebody has tried (`fs.lease-break-time`).
+struct Held(File);
+
+impl Held {
+    fn new(path: &Path) -> Result<Self> {
+        // SAFETY: no handler is installed. The kernel tells of who wants to open the file by this signal.
+        unsafe {
+            nix::sys::signal::signal(
+                nix::sys::signal::Signal::SIGIO,
+                nix::sys::signal::SigHandler::SigIgn,
+            )
+        }?;
+        let file = wait_for("a lease", traffic::TIMEOUT, || {
+            let file = File::open(path)?;
+            // SAFETY: takes no pointer.
+            let taken = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
+            nix::errno::Errno::result(taken)?;
+            Ok(Some(file))
+        })?;
+        Ok(Self(file))
+    }
+
+    fn is_wanted(&self) -> bool {
+        // SAFETY: takes no pointer. A lease that somebody waits for says what it is to become.
+        let lease = unsafe { libc::fcntl(self.0.as_raw_fd(), libc::F_GETLEASE) };
+        lease != libc::F_WRLCK
+    }
+}
+
+/// Routes of Weir in both families.
+fn routes(node: &Node) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    for family in ["-4", "-6"] {
+        let arguments = [family, "route", "show", "table", "all", "proto", "157"];
+        let said = node.netns.tool("ip", &arguments)?;
+        all.extend(said.lines().map(str::to_owned));
+    }
+    all.sort();
+    Ok(all)
+}
+
+/// An agent that does not know its objects yet, with the tables of the earlier one and with new ones: what
+/// processes of the node get from Services does not wait for it.
+#[test]
+fn the_node_is_served_while_the_new_agent_knows_nothing_yet() -> TestResult {
+    let bed = Bed::new("knows nothing", &[])?;
+    let node = bed.cluster.node("node1");
+    let before = routes(node)?;
+    let works = || -> Result<()> {
+        for to in bed.frontends_of_node() {
+            // Both endpoints get some; only what comes from the other node is looked at by the device.
+            for protocol in [Protocol::Udp, Protocol::Tcp] {
+                for _ in 0..20 {
+                    node.run(|| traffic::name(protocol, to))
+                        .with_context(|| format!("{protocol:?} to {to}"))?;
+                }
+            }
+        }
+        Ok(())
+    };
+    works().context("before")?;
+    let by_packet = ["--socket-translation", "false"];
+    let new_tables = [by_packet, ["--services-max", "777"]].concat();
+    for (what, arguments) in [
+        ("old tables", by_packet.to_vec()),
+        ("new tables", new_tables),
+    ] {
+        node.kill9_agent()?;
+        let object = bed.cluster.objects().directory().join("node-node1.yaml");
+        let held = Held::new(&object)?;
+        node.agent().use_arguments(&arguments);
+        node.start_agent()?;
+        wait_for(
+            "the agent to wait for its objects",
+            traffic::TIMEOUT,
+            || Ok(held.is_wanted().then_some(())),
+        )?;
+        // What it does without its objects is done.
+        let status = wait_for("the devices to be seen to", traffic::TIMEOUT, || {
+            let status = node.weir_json(&["status"])?;
+            let uptime = number(&status["uptime_seconds"]);
+            Ok((uptime >= Some(1)).then_some(status))
+        })?;
+        assert_eq!(status["source"]["synced"], false, "{what}: {status}");
+        works().with_context(|| what.to_owned())?;
+        assert_eq!(routes(node)?, before, "{what}");
+        let status = node.weir_json(&["status"])?;
+        assert_eq!(status["source"]["synced"], false, "{what}: {status}");
+        drop(held);
+        bed.cluster.wait_applied()?;
+        works().with_context(|| format!("{what}, with its objects"))?;
+        assert_eq!(routes(node)?, before, "{what}, with its objects");
+    }
+    Ok(())
+}
+
 #[test]
 fn what_changed_while_the_agent_was_dead_is_applied_at_its_start() -> TestResult {
     let bed = Bed::new("changes while dead", &[])?;
@@ -113,10 +241,9 @@ fn what_changed_while_the_agent_was_dead_is_applied_at_its_start() -> TestResult
     // A Service changes, one comes, and a third that there was is gone.
     bed.cluster
         .endpoints("web", PORT, &bed.servers[1].endpoints())?;
-    let ports = weir_tests::objects::Port::both(80, PORT);
+    let ports = Port::both(80, PORT);
     let vips = cluster_ips(11);
-    bed.cluster
-        .apply(&weir_tests::objects::service("new", &vips, &ports))?;
+    bed.cluster.apply(&objects::service("new", &vips, &ports))?;
     bed.cluster
         .endpoints("new", PORT, &bed.servers[0].endpoints())?;
     for node in bed.cluster.nodes() {
@@ -135,10 +262,10 @@ fn what_changed_while_the_agent_was_dead_is_applied_at_its_start() -> TestResult
         }
     }
     bed.cluster.node("node1").kill9_agent()?;
-    let service = weir_tests::objects::service("new", &[], &[]);
+    let service = objects::service("new", &[], &[]);
     bed.cluster.objects().delete(&service)?;
     for v6 in [false, true] {
-        let slice = weir_tests::objects::endpoint_slice("new", v6, &[], &[]);
+        let slice = objects::endpoint_slice("new", v6, &[], &[]);
         bed.cluster.objects().delete(&slice)?;
     }
     bed.cluster.node("node1").start_agent()?;

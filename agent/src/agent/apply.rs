@@ -171,15 +171,18 @@ impl Agent {
     /// The row of `CONFIG`: the ranges of the allocator, those of older pods included.
     pub(super) fn apply_config(&mut self) -> anyhow::Result<()> {
         let own = self.node_objects.get(&self.settings.node_name);
-        let addresses = || own.into_iter().flat_map(|node| &node.addresses);
-        self.config.node_v4 = addresses().find_map(|address| match address {
-            IpAddr::V4(v4) => Some(*v4),
-            IpAddr::V6(_) => None,
-        });
-        self.config.node_v6 = addresses().find_map(|address| match address {
-            IpAddr::V6(v6) => Some(*v6),
-            IpAddr::V4(_) => None,
-        });
+        // Until the Node object is here, the addresses that an earlier agent knew are good.
+        if own.is_some() || self.source_state.synced {
+            let addresses = || own.into_iter().flat_map(|node| &node.addresses);
+            self.config.node_v4 = addresses().find_map(|address| match address {
+                IpAddr::V4(v4) => Some(*v4),
+                IpAddr::V6(_) => None,
+            });
+            self.config.node_v6 = addresses().find_map(|address| match address {
+                IpAddr::V6(v6) => Some(*v6),
+                IpAddr::V4(_) => None,
+            });
+        }
         self.config.pod_ranges = self.endpoints.pod_ranges().collect();
         self.datapath.config_mut().apply(&self.config)?;
         if self.host.node_addresses_are_new(&self.config) {

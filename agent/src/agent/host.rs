@@ -137,6 +137,11 @@ impl Agent {
         if let Some(error) = self.netlink.apply(changes).await.into_iter().next() {
             return Err(error.into());
         }
+        // Programs that an earlier agent has attached hand replies to the device by this number.
+        if self.config.host_ifindex != device.host {
+            self.config.host_ifindex = device.host;
+            self.datapath.config_mut().apply(&self.config)?;
+        }
         if self.late.host {
             // What serves the node until now goes on, and routes of an earlier agent.
             return Ok(());
@@ -144,10 +149,6 @@ impl Agent {
         self.datapath
             .attach_host(device.net, host_device::NET_DEVICE)?;
         self.datapath.attach_host(LOOPBACK, LOOPBACK_NAME)?;
-        if self.config.host_ifindex != device.host {
-            self.config.host_ifindex = device.host;
-            self.datapath.config_mut().apply(&self.config)?;
-        }
         // Only now is there something to lead to.
         if self.host.device != Some(device) {
             if let Some(gone) = self.host.device.filter(|gone| gone.net != device.net) {
@@ -211,6 +212,8 @@ impl Agent {
                     after.insert(address, wanted);
                     changes.push(Change::ReplaceRoute(wanted));
                 }
+                // Leads to what an earlier agent has attached, until this one knows everything.
+                (None, Some(_)) if is_service && !self.swept => {}
                 (None, Some(present)) => {
                     after.remove(&address);
                     changes.push(Change::RemoveRoute(present));

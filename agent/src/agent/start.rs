@@ -10,16 +10,18 @@ use anyhow::{Context as _, bail};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use weir_common::{
-    config::Config,
+    Ipv4, Ipv6,
+    config::{Config, flag},
     mark,
     metrics::{HOOKS, outcome},
 };
 
 use super::{Agent, Late, Row, host};
 use crate::{
-    datapath::{Datapath, DatapathOptions},
+    datapath::{Datapath, DatapathOptions, NodeConfig},
     endpoint::boot_seconds,
     lock::AgentLock,
+    netlink::host_device::{self, HostDevice},
     settings::Settings,
 };
 
@@ -179,12 +181,18 @@ pub(super) fn late(datapath: &Datapath) -> Late {
 impl Agent {
     /// Pods of an earlier agent get the programs of this one, without a gap.
     pub(super) async fn take_over(&mut self) -> anyhow::Result<()> {
-        self.config.pod_ranges = configured_ranges(self.datapath.config().row());
         let links = self
             .netlink
             .links()
             .await
             .context("cannot list the devices")?;
+        let row = *self.datapath.config().row();
+        keep_configured(&mut self.config, &row, host_device::find(&links));
+        // Routes to addresses of Services keep their source.
+        self.host.node_addresses_are_new(&self.config);
+        // Somebody may have watched the earlier agent when it ended: the next tick switches off what nobody
+        // wants any more.
+        self.flow_events = row.flags & flag::EVENT_NEW_FLOW != 0;
         let report = self
             .endpoints
             .restore(&links, boot_seconds())
@@ -236,6 +244,19 @@ impl Agent {
     }
 }
 
+/// Takes over what the agent learns only later, from the Node objects and from its own devices: the
+/// programs run with the row of an earlier agent, and must not go without it until then. `device` is the
+/// node's own device as it is now; an index of anything else is not kept.
+fn keep_configured(config: &mut NodeConfig, row: &Config, device: Option<HostDevice>) {
+    config.pod_ranges = configured_ranges(row);
+    config.node_v4 = (row.node_v4 != Ipv4::default()).then(|| row.node_v4.into());
+    config.node_v6 = (row.node_v6 != Ipv6::default()).then(|| row.node_v6.into());
+    let host = device.map(|device| device.host);
+    config.host_ifindex = host
+        .filter(|host| *host == row.host_ifindex)
+        .unwrap_or_default();
+}
+
 /// The pod ranges in the kernel: those of an earlier agent.
 fn configured_ranges(row: &Config) -> Vec<IpNet> {
     let length = |mask: &[u8]| -> u8 {
@@ -251,7 +272,7 @@ fn configured_ranges(row: &Config) -> Vec<IpNet> {
 
 #[cfg(test)]
 mod tests {
-    use weir_common::{Ipv4, Ipv6, config::PodRange};
+    use weir_common::config::PodRange;
 
     use super::*;
 
@@ -277,6 +298,32 @@ mod tests {
             .map(IpNet::to_string)
             .collect();
         assert_eq!(ranges, ["10.1.2.0/24", "fd00:1::/64"]);
+    }
+
+    #[test]
+    fn what_is_learned_later_is_kept_from_the_earlier_agent() {
+        let row = Config {
+            node_v4: Ipv4([192, 0, 2, 1]),
+            node_v6: Ipv6::from("2001:db8::1".parse::<std::net::Ipv6Addr>().unwrap()),
+            host_ifindex: 7,
+            ..Config::default()
+        };
+        let device = |host| Some(HostDevice { host, net: 8 });
+        let kept = |row: &Config, device| {
+            let mut config = NodeConfig::default();
+            keep_configured(&mut config, row, device);
+            config
+        };
+        let config = kept(&row, device(7));
+        assert_eq!(config.node_v4, Some([192, 0, 2, 1].into()));
+        assert_eq!(config.node_v6, Some("2001:db8::1".parse().unwrap()));
+        assert_eq!(config.host_ifindex, 7);
+        // Somebody has made the device anew, or removed it: the number may be another device's.
+        for other in [device(9), None] {
+            assert_eq!(kept(&row, other).host_ifindex, 0, "{other:?}");
+        }
+        let nothing = kept(&Config::default(), device(7));
+        assert_eq!(nothing, NodeConfig::default());
     }
 
     #[test]
