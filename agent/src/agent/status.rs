@@ -168,7 +168,10 @@ impl Agent {
             ));
         }
         problems.extend(self.notes.all().cloned());
-        problems.extend(self.gone.problems.iter().cloned());
+        if self.settings.end_sockets_of_gone_endpoints && self.swept {
+            let source_has_errors = !self.source_state.errors.is_empty();
+            problems.extend(self.gone.problems(source_has_errors));
+        }
         problems.extend(self.defrag.problem());
         problems.extend(sysctl::strict_rp_filter());
         problems
