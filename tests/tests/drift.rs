@@ -3,7 +3,11 @@
 use std::{fs, net::SocketAddr};
 
 use anyhow::{Context as _, Result};
-use weir_tests::{Cluster, Node, Pod, TestResult, cluster::cluster_ips, traffic, wait_for};
+use weir_tests::{
+    Cluster, Node, Pod, TestResult,
+    cluster::{Way, cluster_ips},
+    objects, traffic, wait_for,
+};
 
 const PORT: u16 = 8080;
 
@@ -112,5 +116,84 @@ fn pins_that_are_gone_are_a_problem() -> TestResult {
     fs::remove_dir_all(&node.bpf_root).context("remove every pin")?;
     let said = problems(node)?;
     assert!(said.contains("cannot read what is attached"), "{said}");
+    Ok(())
+}
+
+/// The Node object says where what the node's processes send to Services comes from, and may be wrong.
+#[test]
+fn a_node_object_with_wrong_addresses_is_a_problem_and_services_are_reached() -> TestResult {
+    let cluster = Cluster::builder("wrong addresses")
+        .nodes(1)
+        .translation(Way::ByPacket)
+        .start()?;
+    let node = &cluster.nodes()[0];
+    let server = cluster.pod("node1", "server")?;
+    let _servers = server.serve(PORT)?;
+    cluster.service_of_pods("web", &cluster_ips(10), PORT, &[&server])?;
+    cluster.wait_applied()?;
+    assert_eq!(problems(node)?, "[]");
+    let ranges = ["10.244.1.0/24", "fd00:244:0:1::/64"].map(str::to_owned);
+    let with_addresses = |addresses: &[&str]| -> Result<()> {
+        let addresses: Vec<_> = addresses
+            .iter()
+            .map(|address| address.parse())
+            .collect::<Result<_, _>>()?;
+        cluster.apply(&objects::node("node1", &addresses, &ranges))?;
+        cluster.wait_applied()
+    };
+    let reaches = |vips: &[std::net::IpAddr]| -> Result<()> {
+        for vip in vips {
+            let to = SocketAddr::new(*vip, 80);
+            for protocol in traffic::Protocol::ALL {
+                node.run(|| traffic::name(protocol, to))
+                    .with_context(|| format!("{protocol:?} to {to}"))?;
+            }
+        }
+        Ok(())
+    };
+
+    let foreign = ["192.0.2.77", "2001:db8::77"];
+    with_addresses(&foreign)?;
+    wait_for("routes without a source", traffic::TIMEOUT, || {
+        let said = problems(node)?;
+        for address in foreign {
+            let expected = format!("{address}, which no device of this node has");
+            anyhow::ensure!(said.contains(&expected), "{said}");
+        }
+        Ok(Some(()))
+    })?;
+    reaches(&cluster_ips(10)).context("with a foreign address")?;
+
+    // A device gets them: now they are the source.
+    for address in foreign {
+        let arguments = ["address", "add", address, "dev", "lo"];
+        let arguments: Vec<&str> = arguments.into_iter().collect();
+        node.netns.tool("ip", &arguments)?;
+    }
+    wait_for("the problems to go", traffic::TIMEOUT, || {
+        let said = problems(node)?;
+        anyhow::ensure!(said == "[]", "{said}");
+        Ok(Some(()))
+    })?;
+    reaches(&cluster_ips(10)).context("with an address of the loopback device")?;
+    let own = |family: &str| {
+        let arguments = [family, "route", "show", "table", "all", "proto", "157"];
+        node.netns.tool("ip", &arguments)
+    };
+    for (family, source) in ["-4", "-6"].into_iter().zip(foreign) {
+        let routes = own(family)?;
+        assert!(routes.contains(&format!("src {source}")), "{routes}");
+    }
+
+    for (kept, lacks) in [(0, "IPv6"), (1, "IPv4")] {
+        with_addresses(&foreign[kept..=kept])?;
+        wait_for("the lack to be said", traffic::TIMEOUT, || {
+            let said = problems(node)?;
+            let expected = format!("status.addresses has no {lacks} address");
+            anyhow::ensure!(said.contains(&expected), "{said}");
+            Ok(Some(()))
+        })?;
+        reaches(&cluster_ips(10)[kept..=kept]).context("with one family")?;
+    }
     Ok(())
 }

@@ -34,8 +34,12 @@ pub(super) struct Host {
     dirty: BTreeSet<IpAddr>,
     /// Families whose rule has been entered.
     rules: BTreeSet<Family>,
-    /// Source addresses of the routes.
+    /// Source addresses of the routes: the node's, as its object has them.
     sources: Vec<IpAddr>,
+    /// Those of them that no device has; the kernel refuses routes with such a source.
+    foreign: BTreeSet<IpAddr>,
+    /// Families of addresses of Services for which the node has no address: they have no routes.
+    without_source: BTreeSet<Family>,
 }
 
 impl Host {
@@ -70,11 +74,52 @@ impl Host {
             return None;
         }
         let device = self.device?;
-        let source = self
-            .sources
-            .iter()
-            .find(|source| source.is_ipv4() == address.is_ipv4())?;
-        Some(Route::to_service(address, device.host, *source))
+        let source = self.source(Family::of(address))?;
+        let source = Some(source).filter(|source| !self.foreign.contains(source));
+        Some(Route::to_service(address, device.host, source))
+    }
+
+    fn source(&self, family: Family) -> Option<IpAddr> {
+        let mut sources = self.sources.iter().copied();
+        sources.find(|source| Family::of(*source) == family)
+    }
+
+    /// Notes which of the sources no device has.
+    fn note_local(&mut self, local: &BTreeSet<IpAddr>) {
+        let foreign = self.sources.iter().filter(|source| !local.contains(source));
+        self.foreign = foreign.copied().collect();
+    }
+
+    /// Notes for which families of these addresses the node has no address.
+    fn note_families(&mut self, services: impl Iterator<Item = IpAddr>) {
+        let families: BTreeSet<Family> = services
+            .filter(|address| !address.is_loopback())
+            .map(Family::of)
+            .collect();
+        let lacks = families.into_iter();
+        self.without_source = lacks
+            .filter(|family| self.source(*family).is_none())
+            .collect();
+    }
+
+    /// For people: what the Node object `node` says of its addresses and cannot be followed.
+    pub(super) fn problems(&self, node: &str) -> impl Iterator<Item = String> {
+        let foreign = self.foreign.iter().map(move |address| {
+            format!(
+                "Node {node}: status.addresses has {address}, which no device of this node has: what its processes \
+                 send to Services by {} gets the source that the kernel chooses; correct it, or give a \
+                 device the address",
+                Family::of(*address).name()
+            )
+        });
+        let without = self.without_source.iter().map(move |family| {
+            let family = family.name();
+            format!(
+                "Node {node}: status.addresses has no {family} address, and Services have: processes of this node \
+                 reach them only where they are translated at the socket; give the node an {family} address"
+            )
+        });
+        foreign.chain(without)
     }
 }
 
@@ -189,6 +234,9 @@ impl Agent {
         let is_first = self.host.routes.is_none();
         if is_first {
             let own = self.netlink.own_routes().await?;
+            let local = self.netlink.addresses().await?;
+            self.host
+                .note_local(&local.iter().map(|local| local.address.addr()).collect());
             let present: BTreeMap<IpAddr, Route> = own
                 .into_iter()
                 .filter(Route::is_to_service)
@@ -200,6 +248,10 @@ impl Agent {
                 dirty.extend(present.keys());
             }
             self.host.routes = Some(present);
+        }
+        if is_first || !dirty.is_empty() {
+            let services = self.datapath.ipcache().service_addresses();
+            self.host.note_families(services.into_iter());
         }
         let mut changes = Vec::new();
         let mut after = self.host.routes.take().unwrap_or_default();

@@ -140,6 +140,9 @@ impl Agent {
         problems.extend(self.model.problems().map(ToString::to_string));
         problems.extend(self.translations.problems(&self.settings.node_name));
         problems.extend(self.plan.problems.iter().cloned());
+        if self.swept && self.model.node(&self.settings.node_name).is_some() {
+            problems.extend(self.host.problems(&self.settings.node_name));
+        }
         let now = Instant::now();
         for (row, failure) in self.rows.failed() {
             let wait = failure.due.saturating_duration_since(now).as_secs_f32();

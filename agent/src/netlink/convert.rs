@@ -17,8 +17,8 @@ use netlink_packet_route::{
 };
 
 use super::{
-    Address, Change, Link, ROUTE_PROTOCOL, ResolvedRoute, Route, RouteTarget, SERVICE_RULE,
-    SERVICE_TABLE, connection::Request,
+    Address, Change, Link, ROUTE_PROTOCOL, ResolvedRoute, Route, RouteTarget, SERVICE_METRIC,
+    SERVICE_RULE, SERVICE_TABLE, connection::Request,
 };
 use crate::objects::Family;
 
@@ -213,7 +213,11 @@ pub(super) fn route(message: &RouteMessage) -> Option<Route> {
             },
         ) => match (gateway, source) {
             (Some(gateway), _) => RouteTarget::Via { ifindex, gateway },
-            (None, Some(source)) => RouteTarget::Service { ifindex, source },
+            (None, source) if metric == SERVICE_METRIC => RouteTarget::Service { ifindex, source },
+            (None, Some(source)) => RouteTarget::Service {
+                ifindex,
+                source: Some(source),
+            },
             (None, None) => RouteTarget::Link { ifindex },
         },
         _ => RouteTarget::Foreign,
@@ -270,9 +274,8 @@ fn route_message(route: &Route) -> RouteMessage {
         RouteTarget::Service { ifindex, source } => {
             message.header.scope = RouteScope::Link;
             message.attributes.push(RouteAttribute::Oif(ifindex));
-            message
-                .attributes
-                .push(RouteAttribute::PrefSource(source.into()));
+            let source = source.map(|source| RouteAttribute::PrefSource(source.into()));
+            message.attributes.extend(source);
         }
         RouteTarget::Via { ifindex, gateway } => {
             message.attributes.push(RouteAttribute::Oif(ifindex));

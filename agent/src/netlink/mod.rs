@@ -114,12 +114,13 @@ pub enum RouteTarget {
         /// Interface index.
         ifindex: u32,
     },
-    /// To the node's own device, from an address of the node: an address of Services.
+    /// To the node's own device: an address of Services.
     Service {
         /// Interface index.
         ifindex: u32,
-        /// Source address of what takes the route and has none yet.
-        source: IpAddr,
+        /// Source address of what takes the route and has none yet, an address of the node; `None`: the
+        /// kernel chooses.
+        source: Option<IpAddr>,
     },
     /// Through a gateway on the link, of either family (RFC 5549).
     Via {
@@ -145,7 +146,7 @@ impl Route {
     }
 
     /// An address of Services, to the node's own device.
-    pub fn to_service(address: IpAddr, ifindex: u32, source: IpAddr) -> Self {
+    pub fn to_service(address: IpAddr, ifindex: u32, source: Option<IpAddr>) -> Self {
         Self {
             destination: address.into(),
             metric: SERVICE_METRIC,
@@ -194,7 +195,8 @@ impl fmt::Display for Route {
         match self.target {
             RouteTarget::Link { ifindex } => write!(f, "{destination} dev #{ifindex}"),
             RouteTarget::Service { ifindex, source } => {
-                write!(f, "{destination} dev #{ifindex} src {source}")
+                write!(f, "{destination} dev #{ifindex}")?;
+                source.map_or(Ok(()), |source| write!(f, " src {source}"))
             }
             RouteTarget::Via { ifindex, gateway } => {
                 write!(f, "{destination} via {gateway} dev #{ifindex}")
