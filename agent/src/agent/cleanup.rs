@@ -10,7 +10,10 @@ use weir_common::metrics::Hook;
 use super::start::datapath_options;
 use crate::{
     datapath::{Datapath, expedite::Expedite},
-    netlink::{Change, Netlink, RouteTarget, defrag_device, host_device, sysctl::Sysctls},
+    netlink::{
+        Change, Link, Netlink, NetlinkError, RouteTarget, defrag_device, host_device,
+        sysctl::Sysctls,
+    },
     objects::Family,
     settings::Settings,
 };
@@ -108,27 +111,8 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
         ));
     }
     errors.extend(failed);
-    if let Ok(links) = netlink.links().await {
-        // A device of somebody else's that only has the name stays.
-        if let Some(device) = host_device::find(&links) {
-            match netlink.remove_link(device.host).await {
-                Ok(()) => tell("removed the devices weir-host and weir-net"),
-                Err(error) => errors.push(error.to_string()),
-            }
-        }
-        if let Some(device) = defrag_device::find(&links) {
-            match netlink.remove_link(device).await {
-                Ok(()) => tell("removed the device weir-defrag"),
-                Err(error) => errors.push(error.to_string()),
-            }
-        }
-        let pods = links.iter().filter(|link| link.is_pod_device()).count();
-        if pods > 0 {
-            tell(&format!(
-                "{pods} pods still have a device of Weir and no network any more; delete them"
-            ));
-        }
-    }
+    let links = netlink.links().await;
+    errors.extend(remove_devices(&netlink, links, &mut tell).await);
     // Takes back what an agent that was killed has left on.
     let _ = Expedite::new(false);
     let switches = Sysctls::open(&settings.run_dir).restore();
@@ -142,6 +126,43 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
     }
     anyhow::ensure!(errors.is_empty(), "{}", errors.join("; "));
     Ok(())
+}
+
+/// Removes the devices of the node among all `links`, and tells of those of pods. Gives what failed.
+async fn remove_devices(
+    netlink: &Netlink,
+    links: Result<Vec<Link>, NetlinkError>,
+    tell: &mut impl FnMut(&str),
+) -> Vec<String> {
+    let mut errors = Vec::new();
+    let links = match links {
+        Ok(links) => links,
+        Err(error) => {
+            return vec![format!(
+                "{error}: the devices weir-host, weir-net and weir-defrag stay if they are there"
+            )];
+        }
+    };
+    // A device of somebody else's that only has the name stays.
+    if let Some(device) = host_device::find(&links) {
+        match netlink.remove_link(device.host).await {
+            Ok(()) => tell("removed the devices weir-host and weir-net"),
+            Err(error) => errors.push(error.to_string()),
+        }
+    }
+    if let Some(device) = defrag_device::find(&links) {
+        match netlink.remove_link(device).await {
+            Ok(()) => tell("removed the device weir-defrag"),
+            Err(error) => errors.push(error.to_string()),
+        }
+    }
+    let pods = links.iter().filter(|link| link.is_pod_device()).count();
+    if pods > 0 {
+        tell(&format!(
+            "{pods} pods still have a device of Weir and no network any more; delete them"
+        ));
+    }
+    errors
 }
 
 /// Detaches all programs, then removes the pins and their directories. Gives the number of pins
@@ -265,6 +286,19 @@ mod tests {
         assert!(clear_run_dir(&run_dir).is_empty());
         assert!(!run_dir.exists());
         assert_eq!(left_in(&run_dir), None);
+    }
+
+    #[tokio::test]
+    async fn devices_that_cannot_be_listed_are_an_error() {
+        let netlink = Netlink::new().unwrap();
+        let broken = Err(io::Error::other("broken").into());
+        let errors = remove_devices(&netlink, broken, &mut |_| {}).await;
+        assert_eq!(errors.len(), 1);
+        for part in ["broken", "weir-host"] {
+            assert!(errors[0].contains(part), "{errors:?}");
+        }
+        let none = remove_devices(&netlink, Ok(Vec::new()), &mut |_| {}).await;
+        assert!(none.is_empty());
     }
 
     #[test]
