@@ -2,11 +2,17 @@
 //! there, with its program, and the programs of the other devices know it; or it is not, and they know
 //! that.
 
+use std::{
+    io,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
+
 use anyhow::Context as _;
 
 use super::{Agent, Row};
 use crate::{
-    datapath::defrag,
+    datapath::defrag::{self, AttachError},
     netlink::{
         Change, NetlinkEvent,
         defrag_device::{self, DEFRAG_DEVICE},
@@ -18,7 +24,7 @@ use crate::{
 pub(super) struct Defrag {
     /// Interface index of the node's end.
     device: Option<u32>,
-    /// This kernel has no such thing.
+    /// This kernel has no such thing. It is asked once: modules that come later are found by the next start.
     unavailable: bool,
 }
 
@@ -33,8 +39,21 @@ impl Defrag {
         self.unavailable.then(|| {
             "fragments that come before their first are dropped (FRAG_NOT_FOUND) where ports matter: this \
              kernel cannot put datagrams together for Weir, which takes 6.6 with CONFIG_NETFILTER_BPF_LINK, \
-             CONFIG_NF_DEFRAG_IPV4 and CONFIG_NF_DEFRAG_IPV6; set defragmentation to false to have it so"
+             CONFIG_NF_DEFRAG_IPV4 and CONFIG_NF_DEFRAG_IPV6 (modules nf_defrag_ipv4 and nf_defrag_ipv6, loaded \
+             or there to be loaded); restart the agent when it can, or set defragmentation to false to have it so"
                 .to_owned()
+        })
+    }
+}
+
+/// Attaches with pins in `links`, and says in `refused` if the kernel cannot.
+fn attach(links: PathBuf, refused: Arc<OnceLock<String>>) -> impl FnOnce() -> io::Result<()> {
+    move || {
+        defrag::attach(&links).map_err(|error| {
+            if let AttachError::Unavailable { .. } = error {
+                let _ = refused.set(error.to_string());
+            }
+            io::Error::other(error)
         })
     }
 }
@@ -42,15 +61,11 @@ impl Defrag {
 impl Agent {
     /// The device is there and has its program, or is not wanted and gone.
     pub(super) async fn apply_defrag(&mut self) -> anyhow::Result<()> {
-        let is_available = self.settings.defragmentation
-            && defrag::is_available().context("cannot tell what this kernel can put together")?;
-        let is_new = self.settings.defragmentation && !is_available && !self.defrag.unavailable;
-        self.defrag.unavailable = self.settings.defragmentation && !is_available;
-        if let (true, Some(problem)) = (is_new, self.defrag.problem()) {
-            tracing::warn!(problem);
-        }
-        if !is_available {
+        if !self.settings.defragmentation || self.defrag.unavailable {
             return self.remove_defrag().await;
+        }
+        if !defrag::is_available().context("cannot tell what this kernel can put together")? {
+            return self.do_without_defrag().await;
         }
         let links = self.datapath.links().to_path_buf();
         let mut found = self.netlink.links().await?;
@@ -59,8 +74,16 @@ impl Agent {
             Some(device) => device,
             None => {
                 self.datapath.set_defrag_device(0)?;
-                let attach = move || defrag::attach(&links);
-                let device = self.netlink.make_defrag_device(attach).await?;
+                let refused = Arc::new(OnceLock::new());
+                let made = self
+                    .netlink
+                    .make_defrag_device(attach(links, refused.clone()));
+                let made = made.await;
+                if let Some(error) = refused.get() {
+                    tracing::warn!(error);
+                    return self.do_without_defrag().await;
+                }
+                let device = made?;
                 found = self.netlink.links().await?;
                 device
             }
@@ -82,6 +105,14 @@ impl Agent {
         // Only now is there somebody who takes what comes back.
         self.datapath.set_defrag_device(device)?;
         Ok(())
+    }
+
+    /// The kernel cannot: there is a problem, and no further attempt.
+    async fn do_without_defrag(&mut self) -> anyhow::Result<()> {
+        self.defrag.unavailable = true;
+        let problem = self.defrag.problem();
+        tracing::warn!(problem);
+        self.remove_defrag().await
     }
 
     async fn remove_defrag(&mut self) -> anyhow::Result<()> {

@@ -10,6 +10,8 @@ use std::{
 
 use aya_obj::generated::{bpf_attach_type, bpf_cmd, bpf_link_type, bpf_prog_type};
 
+use thiserror::Error;
+
 use super::sys::{self, bpf, owned, raw, zeroed_attr};
 
 /// Pins with the number of their family (`NFPROTO_…`, include/uapi/linux/netfilter.h).
@@ -20,7 +22,8 @@ const BPF_F_NETFILTER_IP_DEFRAG: u32 = 1;
 const PRE_ROUTING: u32 = 0;
 
 /// Whether this kernel knows such links (6.6, `CONFIG_NETFILTER_BPF_LINK`): asks for one that would be called
-/// before anything is put together, which a kernel that knows them refuses for that reason.
+/// before anything is put together, which a kernel that knows them refuses for that reason. It does so before
+/// it looks for its modules: [`attach`] may find later that one is not there.
 ///
 /// # Errors
 ///
@@ -30,18 +33,50 @@ pub fn is_available() -> io::Result<bool> {
         Ok(program) => program,
         Err(error) => return no(error),
     };
-    match link(program.as_fd(), PINS[0].1, i32::MIN + 1) {
-        Ok(_) => Ok(true),
-        Err(error) if error.raw_os_error() == Some(libc::ERANGE) => Ok(true),
-        Err(error) => no(error),
+    for (_, family) in PINS {
+        match link(program.as_fd(), family, i32::MIN + 1) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ERANGE) => {}
+            Err(error) => return no(error),
+        }
     }
+    Ok(true)
 }
 
 fn no(error: io::Error) -> io::Result<bool> {
-    match error.raw_os_error() {
-        Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EAFNOSUPPORT | libc::ENOENT) => Ok(false),
-        _ => Err(error),
-    }
+    if is_no(&error) { Ok(false) } else { Err(error) }
+}
+
+/// Whether the kernel says that it has no such thing, or not the module `nf_defrag_ipv4` or `nf_defrag_ipv6`.
+fn is_no(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EAFNOSUPPORT | libc::ENOENT)
+    )
+}
+
+/// Why nothing is attached.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// This kernel cannot, and will not before something about it changes.
+    #[error("the kernel cannot put datagrams together for {pin}: {error}")]
+    Unavailable {
+        /// The pin.
+        pin: PathBuf,
+        /// The kernel's answer.
+        error: io::Error,
+    },
+    /// Anything else.
+    #[error("cannot attach and pin {pin}: {error}")]
+    Failed {
+        /// The pin.
+        pin: PathBuf,
+        /// What the kernel says.
+        error: io::Error,
+    },
+    /// What was there cannot be removed, or no program loaded.
+    #[error(transparent)]
+    Before(#[from] io::Error),
 }
 
 /// Attaches in the network namespace of the calling thread and pins in `links`, in place of what is
@@ -50,19 +85,26 @@ fn no(error: io::Error) -> io::Result<bool> {
 /// # Errors
 ///
 /// The kernel's, with the pin; nothing of ours is pinned then.
-pub fn attach(links: &Path) -> io::Result<()> {
+pub fn attach(links: &Path) -> Result<(), AttachError> {
     detach(links)?;
     let program = load()?;
+    attach_by(links, |family| link(program.as_fd(), family, 0))
+}
+
+/// `link` makes the link of a family.
+fn attach_by(links: &Path, link: impl Fn(u32) -> io::Result<OwnedFd>) -> Result<(), AttachError> {
     for (name, family) in PINS {
         let pin = links.join(name);
-        let pinned = link(program.as_fd(), family, 0).and_then(|link| sys::pin(link.as_fd(), &pin));
-        if let Err(error) = pinned {
-            let _ = detach(links);
-            return Err(io::Error::new(
-                error.kind(),
-                format!("cannot attach and pin {}: {error}", pin.display()),
-            ));
-        }
+        let failure = match link(family) {
+            Ok(link) => match sys::pin(link.as_fd(), &pin) {
+                Ok(()) => continue,
+                Err(error) => AttachError::Failed { pin, error },
+            },
+            Err(error) if is_no(&error) => AttachError::Unavailable { pin, error },
+            Err(error) => AttachError::Failed { pin, error },
+        };
+        let _ = detach(links);
+        return Err(failure);
     }
     Ok(())
 }
@@ -125,4 +167,40 @@ fn link(program: BorrowedFd<'_>, family: u32, priority: i32) -> io::Result<Owned
     attr.link_create.__bindgen_anon_3.netfilter.flags = BPF_F_NETFILTER_IP_DEFRAG;
     // SAFETY: the command reads no pointer of `attr`.
     unsafe { bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr) }.map(owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_module_that_is_not_there_is_told_from_what_may_pass() {
+        let directory = tempfile::tempdir().unwrap();
+        // As if the first family had been attached.
+        let first = directory.path().join(PINS[0].0);
+        for errno in [
+            libc::ENOENT,
+            libc::EOPNOTSUPP,
+            libc::EAFNOSUPPORT,
+            libc::EINVAL,
+        ] {
+            fs::write(&first, "").unwrap();
+            let error = attach_by(directory.path(), |_| {
+                Err(io::Error::from_raw_os_error(errno))
+            });
+            let error = error.unwrap_err();
+            assert!(matches!(error, AttachError::Unavailable { .. }), "{error}");
+            assert!(!first.exists(), "nothing stays");
+        }
+        let error = attach_by(directory.path(), |_| {
+            Err(io::Error::from_raw_os_error(libc::ENOMEM))
+        });
+        let error = error.unwrap_err();
+        assert!(matches!(error, AttachError::Failed { .. }), "{error}");
+        // No place for a pin says nothing about the kernel.
+        let gone = directory.path().join("gone");
+        let error = attach_by(&gone, |_| Ok(fs::File::open("/dev/null").unwrap().into()));
+        let error = error.unwrap_err();
+        assert!(matches!(error, AttachError::Failed { .. }), "{error}");
+    }
 }
