@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Context as _, ensure};
 use serde_json::json;
 use weir_tests::{
-    Cluster, Node, TestResult,
-    traffic::{self, Protocol},
+    Cluster, Node, TestResult, objects,
+    traffic::{self, Protocol, Server},
     wait_until,
 };
 
@@ -117,5 +117,80 @@ fn a_host_port_has_one_pod_until_that_is_gone() -> TestResult {
             .any(|port| port.starts_with("first")))
     })?;
     second.delete()?;
+    Ok(())
+}
+
+/// Otherwise whoever may make pods could take an address of others for all clients of a node, a DNS
+/// server's or another node's.
+#[test]
+fn an_address_of_others_stays_theirs() -> TestResult {
+    Ok(addresses_of_others()?)
+}
+
+fn addresses_of_others() -> anyhow::Result<()> {
+    const PORT: u16 = 54_324;
+    let cluster = Cluster::builder("host ports of others").nodes(2).start()?;
+    let (node, other, outside) = (
+        cluster.node("node1"),
+        cluster.node("node2"),
+        cluster.fabric(),
+    );
+    let client = cluster.pod("node1", "client")?;
+    let mut servers = other.serve(PORT)?;
+    let mut asked = Vec::new();
+    for v6 in [false, true] {
+        let beyond: IpAddr = if v6 { "fd00:77::1" } else { "192.168.77.1" }.parse()?;
+        servers.push(Server::start(
+            outside,
+            SocketAddr::new(beyond, PORT),
+            "outside",
+        )?);
+        // The way back to the pod.
+        let pod = client.address(v6)?.to_string();
+        let via = node.address(v6)?.to_string();
+        outside.tool("ip", &["route", "add", &pod, "via", &via])?;
+        asked.push((other.address(v6)?, "node2"));
+        asked.push((beyond, "outside"));
+    }
+    let each_is_itself = |when: &str| -> anyhow::Result<()> {
+        for (address, name) in &asked {
+            for from in [&client.netns, &*node.netns] {
+                for protocol in Protocol::ALL {
+                    let to = SocketAddr::new(*address, PORT);
+                    let answered = from.run(|| traffic::name(protocol, to));
+                    let answered = answered.with_context(|| format!("{to} {when}"))?;
+                    ensure!(answered == *name, "{answered} answered at {to} {when}");
+                }
+            }
+        }
+        Ok(())
+    };
+    each_is_itself("before")?;
+    for (number, (address, _)) in asked.iter().enumerate() {
+        let mapping = |protocol: &str| json!({"hostPort": PORT, "containerPort": 8080, "protocol": protocol, "hostIP": address});
+        let mappings = json!([mapping("tcp"), mapping("udp")]);
+        let pod = cluster.pod_with_host_ports("node1", &format!("greedy-{number}"), &mappings)?;
+        servers.extend(pod.serve(8080)?);
+    }
+    node.wait_applied()?;
+    each_is_itself("beside pods that ask for it")?;
+    let problems = node.weir_json(&["status"])?["problems"].to_string();
+    for (number, (address, _)) in asked.iter().enumerate() {
+        let said = [
+            format!("HostPort of pod default/greedy-{number}: "),
+            format!("hostIP {address} is no loopback address and none that the Node node1 has"),
+        ];
+        for part in said {
+            ensure!(problems.contains(&part), "{part:?} is not in {problems}");
+        }
+    }
+    // An address that the Node gets is its own.
+    let (address, _) = asked[0];
+    let addresses = [&node.addresses[..], &[address]].concat();
+    cluster.apply(&objects::node("node1", &addresses, &node.pod_cidrs))?;
+    node.wait_applied()?;
+    let problems = node.weir_json(&["status"])?["problems"].to_string();
+    ensure!(!problems.contains("greedy-0"), "{problems}");
+    ensure!(problems.contains("greedy-1"), "{problems}");
     Ok(())
 }

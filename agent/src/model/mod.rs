@@ -119,7 +119,8 @@ impl Model {
     }
 
     /// The host ports of a pod of this node; `None`: the pod is gone. Ports that a NodePort or an
-    /// older pod has are not served, and stand among the problems.
+    /// older pod has are not served, nor those at an address that this node's Node object does not
+    /// have and that is no loopback address; both stand among the problems.
     pub fn set_host_ports(&mut self, owner: PodInterface, host_ports: Option<Vec<HostPort>>) {
         self.services.set_host_ports(owner, host_ports);
     }

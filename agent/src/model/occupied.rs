@@ -48,6 +48,14 @@ impl Occupied {
         self.find(address, |occupants| occupants.iter().find(is_pods))
     }
 
+    /// Whether `address` is one of the addresses of node `name`.
+    pub(super) fn is_address_of(&self, address: IpAddr, name: &str) -> bool {
+        let occupants = self.occupants.get(&IpNet::from(address));
+        let is_it =
+            |occupant: &Occupant| occupant.purpose == Purpose::Address && occupant.node == name;
+        occupants.is_some_and(|occupants| occupants.iter().any(is_it))
+    }
+
     /// The narrowest range around `address` of which `choose` chooses an occupant.
     fn find<'a>(
         &'a self,

@@ -2,9 +2,13 @@
 
 use weir_agent::{
     model::{
-        EndpointSet, FrontendKind, HostPort, Model, Owner, PodInterface, Scope, ServicePortKey,
+        EndpointSet, FrontendKind, HostPort, Model, ModelOptions, Owner, PodInterface, Scope,
+        ServicePortKey,
     },
-    objects::{Family, Object, ObjectName, Protocol, Service, ServicePort, ServiceType},
+    objects::{
+        Family, Kind, Node, Object, ObjectKey, ObjectName, Protocol, Service, ServicePort,
+        ServiceType,
+    },
     source::Change,
 };
 
@@ -63,6 +67,27 @@ fn problems(model: &Model) -> Vec<String> {
     model.problems().map(ToString::to_string).collect()
 }
 
+const NODE: &str = "node1";
+
+/// The model of a node that has these addresses.
+fn model_with_addresses(addresses: &[&str]) -> Model {
+    let mut model = Model::new(ModelOptions {
+        node_name: NODE.to_owned(),
+        ..ModelOptions::default()
+    });
+    set_node(&mut model, NODE, addresses);
+    model
+}
+
+fn set_node(model: &mut Model, name: &str, addresses: &[&str]) {
+    let node = Node {
+        name: ObjectName::new("", name),
+        internal_ips: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+        ..Node::default()
+    };
+    model.apply(Change::Upsert(Object::Node(node)));
+}
+
 #[test]
 fn the_host_ip_says_where_a_port_is_served() {
     for (host_ip, expected) in [
@@ -71,8 +96,11 @@ fn the_host_ip_says_where_a_port_is_served() {
         ("::", &["default/p IPv6 * 8080"]),
         ("192.0.2.1", &["default/p IPv4 192.0.2.1 8080"]),
         ("2001:db8::1", &["default/p IPv6 2001:db8::1 8080"]),
+        ("127.0.0.1", &["default/p IPv4 127.0.0.1 8080"]),
+        ("127.1.2.3", &["default/p IPv4 127.1.2.3 8080"]),
+        ("::1", &["default/p IPv6 ::1 8080"]),
     ] {
-        let mut model = Model::default();
+        let mut model = model_with_addresses(&["192.0.2.1", "2001:db8::1"]);
         model.set_host_ports(interface("p", "1"), Some(vec![host_port(host_ip, 8080)]));
         assert_eq!(served(&mut model), expected, "{host_ip:?}");
         model.set_host_ports(interface("p", "1"), None);
@@ -82,9 +110,77 @@ fn the_host_ip_says_where_a_port_is_served() {
     }
 }
 
+/// Otherwise whoever may make pods could take any address for the clients of a whole node.
+#[test]
+fn an_address_that_is_not_the_nodes_is_not_served() {
+    for (host_ip, other) in [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")] {
+        let pod = |model: &mut Model| {
+            model.set_host_ports(interface("p", "1"), Some(vec![host_port(host_ip, 8080)]));
+        };
+        let mut model = model_with_addresses(&[other]);
+        let refused = format!(
+            "HostPort of pod default/p: {} TCP is not served: hostIP {host_ip} is no loopback \
+             address and none that the Node node1 has, so it would take traffic that is for \
+             others. Give the pod an address of the Node as hostIP, or none for all of them",
+            std::net::SocketAddr::new(host_ip.parse().unwrap(), 8080)
+        );
+        let assert_served = |model: &mut Model, expected: bool| {
+            assert_eq!(served(model).len(), usize::from(expected), "{host_ip}");
+            let problem = if expected {
+                &[][..]
+            } else {
+                std::slice::from_ref(&refused)
+            };
+            assert_eq!(problems(model), problem);
+        };
+        pod(&mut model);
+        assert_served(&mut model, false);
+        // Of another node it is no better.
+        set_node(&mut model, "node2", &[host_ip]);
+        assert_served(&mut model, false);
+        // The node gets the address, loses it, and gets it before the pod comes.
+        for has_it in [true, false, true] {
+            let both = [other, host_ip];
+            set_node(&mut model, NODE, &both[..1 + usize::from(has_it)]);
+            assert_served(&mut model, has_it);
+        }
+        model.set_host_ports(interface("p", "1"), None);
+        model.take_delta();
+        pod(&mut model);
+        assert_served(&mut model, true);
+        model.apply(Change::Delete(ObjectKey {
+            kind: Kind::Node,
+            name: ObjectName::new("", NODE),
+        }));
+        assert_served(&mut model, false);
+    }
+}
+
+#[test]
+fn two_host_ports_at_an_address_that_is_not_the_nodes_are_both_refused_for_it() {
+    let mut model = model_with_addresses(&["192.0.2.2"]);
+    model.set_host_ports(
+        interface("p", "1"),
+        Some(vec![host_port("192.0.2.1", 8080)]),
+    );
+    model.set_host_ports(
+        interface("q", "1"),
+        Some(vec![host_port("192.0.2.1", 8080)]),
+    );
+    assert!(served(&mut model).is_empty());
+    // Both are refused for their address, neither because of the other.
+    let problems = problems(&model);
+    assert_eq!(problems.len(), 2);
+    assert!(
+        problems
+            .iter()
+            .all(|p| p.contains("is not served: hostIP 192.0.2.1"))
+    );
+}
+
 #[test]
 fn the_same_port_at_two_addresses_and_with_two_protocols_is_two_ports() {
-    let mut model = Model::default();
+    let mut model = model_with_addresses(&["192.0.2.1", "192.0.2.2"]);
     let mut udp = host_port("192.0.2.1", 8080);
     udp.protocol = Protocol::Udp;
     let ports = vec![

@@ -65,7 +65,12 @@ impl Seen {
         for port in mirror.services.values() {
             for frontend in &port.frontends {
                 let (kind, scope, set) = (frontend.kind.name(), frontend.scope, frontend.set);
-                let what = format!("{kind} {scope:?} {set:?}");
+                let place = if frontend.address.is_some() {
+                    "at one address"
+                } else {
+                    "at every address"
+                };
+                let what = format!("{kind} {place} {scope:?} {set:?}");
                 *self.frontends.entry(what).or_default() += 1;
             }
             for backend in port.backends.values() {
@@ -80,7 +85,7 @@ impl Seen {
 
     /// Every kind of frontend with every policy that it can have, every condition and reason.
     fn assert_complete(&self) {
-        assert_eq!(self.frontends.len(), 2 + 3 * 3 + 2, "{self:?}");
+        assert_eq!(self.frontends.len(), 2 + 3 * 3 + 2 * 2, "{self:?}");
         assert_eq!(self.endpoints.len(), 2 * 3 + 6, "{self:?}");
     }
 }

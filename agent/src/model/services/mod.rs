@@ -389,9 +389,14 @@ impl Services {
         if let Some((range, occupant)) = self.occupant(wish.claim, wish.claimant.kind) {
             return Err(Problem::occupied(wish, range, occupant));
         }
+        if !self.is_here(wish.claim, wish.claimant.kind) {
+            return Err(Problem::not_here(wish, &self.options.node_name));
+        }
         let mut claimants = self.claims.get(&wish.claim).into_iter().flatten();
         // Those who may not have it do not keep others from it.
-        let winner = claimants.find(|claimant| self.occupant(wish.claim, claimant.kind).is_none());
+        let may_have =
+            |kind| self.occupant(wish.claim, kind).is_none() && self.is_here(wish.claim, kind);
+        let winner = claimants.find(|claimant| may_have(claimant.kind));
         match winner {
             Some(winner) if !winner.is_same_port(&wish.claimant) => {
                 Err(Problem::taken(wish, port_name, winner))
@@ -411,6 +416,17 @@ impl Services {
             FrontendKind::ClusterIp => self.occupied.get(claim.address),
             _ => self.occupied.pods(claim.address),
         }
+    }
+
+    /// Whether a frontend of this kind may stand at the address of a claim, as far as this node is
+    /// concerned. Whoever may make pods chooses their `hostIP`: at any other address than the node's
+    /// own it would take what the node's clients send elsewhere.
+    fn is_here(&self, claim: Claim, kind: FrontendKind) -> bool {
+        let (address, node) = (claim.address, &self.options.node_name);
+        kind != FrontendKind::HostPort
+            || address.is_unspecified()
+            || address.is_loopback()
+            || self.occupied.is_address_of(address, node)
     }
 }
 

@@ -65,6 +65,17 @@ impl Problem {
         Self::new(wish, text)
     }
 
+    /// The `hostIP` is not an address of this node, which is called `node`.
+    pub(super) fn not_here(wish: &Wish, node: &str) -> Self {
+        let text = format!(
+            "{} is not served: hostIP {} is no loopback address and none that the Node {node} has, \
+             so it would take traffic that is for others. Give the pod an address of the Node as \
+             hostIP, or none for all of them",
+            wish.claim, wish.claim.address
+        );
+        Self::new(wish, text)
+    }
+
     /// Another one has it. `port_name` is that of the Service port.
     pub(super) fn taken(wish: &Wish, port_name: &str, winner: &Claimant) -> Self {
         let (claim, claimant) = (wish.claim, &wish.claimant);

@@ -287,8 +287,18 @@ fn take(
     let is_nodes =
         |a: IpAddr| nodes().any(|n| n.internal_ips.contains(&a) || n.external_ips.contains(&a));
     let is_pods = |a: IpAddr| nodes().any(|n: &Node| n.pod_cidrs.iter().any(|c| c.contains(&a)));
+    let is_this_nodes = |a: IpAddr| {
+        let mut this = nodes().filter(|n| n.name.name == world.node);
+        this.any(|n| n.internal_ips.contains(&a) || n.external_ips.contains(&a))
+    };
     let refused = place.0.is_some_and(|address| {
-        is_pods(address) || (kind == FrontendKind::ClusterIp && is_nodes(address))
+        is_pods(address)
+            || match kind {
+                FrontendKind::ClusterIp => is_nodes(address),
+                // A pod may have a port of its own node alone.
+                FrontendKind::HostPort => !address.is_loopback() && !is_this_nodes(address),
+                _ => false,
+            }
     });
     let is_free = !refused && *reference.taken.entry(place).or_insert(who.clone()) == who;
     reference.problems += usize::from(!is_free);
