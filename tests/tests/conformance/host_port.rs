@@ -1,11 +1,24 @@
 //! Upstream's `test/e2e/network/hostport.go`.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    io::{BufRead as _, BufReader},
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::{
+    socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
+        sockopt::SendTimeout,
+    },
+    time::{TimeVal, TimeValLike as _},
+};
 use serde_json::{Value, json};
 use weir_tests::{
     Cluster, Pod, TestResult,
+    netns::NetNs,
     traffic::{Protocol, Server},
 };
 
@@ -13,6 +26,9 @@ use super::support::{is_refused, is_served_by};
 
 const HOST_PORT: u16 = 54_323;
 const CONTAINER_PORT: u16 = 8080;
+/// Of each connection; upstream's.
+const LIMIT_SECONDS: i64 = 5;
+const LIMIT: Duration = Duration::from_secs(LIMIT_SECONDS.unsigned_abs());
 
 /// A pod whose runtime asks for a HostPort, with a server on each of its addresses.
 fn pod_with_host_port(
@@ -48,6 +64,55 @@ fn pod_with_host_port(
     Ok((pod, servers))
 }
 
+/// Tries of each client, as upstream's.
+const TRIES: usize = 5;
+
+/// A client whose socket is bound to an address of its own, as that of `curl --interface ADDRESS`: it
+/// must be answered by `name`, every time.
+fn is_served_from(
+    client: &NetNs,
+    from: IpAddr,
+    protocol: Protocol,
+    to: SocketAddr,
+    name: &str,
+) -> Result<()> {
+    for _ in 0..TRIES {
+        let answered = client
+            .run(|| name_from(SocketAddr::new(from, 0), protocol, to))
+            .with_context(|| format!("from {from} to {to} over {}", protocol.name()))?;
+        ensure!(answered == name, "{answered} answered {from} at {to}");
+    }
+    Ok(())
+}
+
+fn name_from(from: SocketAddr, protocol: Protocol, to: SocketAddr) -> Result<String> {
+    if protocol == Protocol::Udp {
+        let socket = UdpSocket::bind(from)?;
+        socket.connect(to)?;
+        socket.set_read_timeout(Some(LIMIT))?;
+        socket.send(b"hostname")?;
+        let mut answer = [0; 2048];
+        let length = socket.recv(&mut answer)?;
+        let name = answer[..length].split(|byte| *byte == 0).next();
+        return Ok(String::from_utf8_lossy(name.unwrap_or_default()).into_owned());
+    }
+    let family = match from {
+        SocketAddr::V4(_) => AddressFamily::Inet,
+        SocketAddr::V6(_) => AddressFamily::Inet6,
+    };
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(family, SockType::Stream, flags, None)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
+    // Bounds the connection too.
+    setsockopt(&socket, SendTimeout, &TimeVal::seconds(LIMIT_SECONDS))?;
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(LIMIT))?;
+    let mut name = String::new();
+    BufReader::new(stream).read_line(&mut name)?;
+    Ok(name.trim_end().to_owned())
+}
+
 /// "validates that there is no conflict between pods with same hostPort but different hostIP and
 /// protocol [LinuxOnly]". Limit: 5 s for each connection.
 #[test]
@@ -74,6 +139,7 @@ fn host_ports_are_told_apart_by_address_and_protocol() -> TestResult {
         for ((_, host_ip, protocol), (pod, _)) in asked.iter().zip(&pods) {
             let to = SocketAddr::new(*host_ip, HOST_PORT);
             is_served_by(&node.netns, *protocol, to, &[&pod.name])?;
+            is_served_from(&node.netns, own, *protocol, to, &pod.name)?;
         }
         for (pod, servers) in pods {
             drop(servers);

@@ -67,9 +67,15 @@ fn a_node_port_functions() -> TestResult {
     // As an ExternalName it has neither.
     cluster.apply(&external_name)?;
     cluster.wait_applied()?;
-    for address in &node.addresses {
-        let to = SocketAddr::new(*address, NODE_PORT);
-        is_refused(&client.netns, Protocol::Tcp, to)?;
+    for from in [&client.netns, &*node.netns] {
+        for protocol in Protocol::ALL {
+            for address in &node.addresses {
+                is_refused(from, protocol, SocketAddr::new(*address, NODE_PORT))?;
+            }
+            for vip in vips {
+                is_unreachable(from, protocol, SocketAddr::new(vip, PORT))?;
+            }
+        }
     }
     Ok(())
 }
@@ -84,15 +90,45 @@ fn a_node_port_gets_a_second_protocol() -> TestResult {
     let vips = cluster_ips(10);
     cluster.endpoints("nodeport-update-service", TARGET, &backends.endpoints())?;
     let ports = Port::both(PORT, TARGET);
-    for (count, protocols) in [(1, &Protocol::ALL[..1]), (2, &Protocol::ALL[..])] {
+    let serve = |count: usize, has_node_port: bool| -> Result<()> {
         let mut object = objects::service("nodeport-update-service", &vips, &ports[..count]);
-        node_port(&mut object);
+        if has_node_port {
+            node_port(&mut object);
+        }
         cluster.apply(&object)?;
-        cluster.wait_applied()?;
-        for address in &cluster.node("node1").addresses {
-            for protocol in protocols {
-                let to = SocketAddr::new(*address, NODE_PORT);
-                is_served_by(&client.netns, *protocol, to, &backends.names())?;
+        cluster.wait_applied()
+    };
+    let node = cluster.node("node1");
+    let to_node = || {
+        node.addresses
+            .iter()
+            .map(|a| SocketAddr::new(*a, NODE_PORT))
+    };
+    serve(1, false)?;
+    for vip in vips {
+        let to = SocketAddr::new(vip, PORT);
+        is_served_by(&client.netns, Protocol::Tcp, to, &backends.names())?;
+    }
+    for to in to_node() {
+        is_refused(&client.netns, Protocol::Tcp, to)?;
+    }
+    for count in [1, 2] {
+        serve(count, true)?;
+        for (number, protocol) in Protocol::ALL.into_iter().enumerate() {
+            for vip in vips {
+                let to = SocketAddr::new(vip, PORT);
+                if number < count {
+                    is_served_by(&client.netns, protocol, to, &backends.names())?;
+                } else {
+                    is_refused(&client.netns, protocol, to)?;
+                }
+            }
+            for to in to_node() {
+                if number < count {
+                    is_served_by(&client.netns, protocol, to, &backends.names())?;
+                } else {
+                    is_refused(&client.netns, protocol, to)?;
+                }
             }
         }
     }

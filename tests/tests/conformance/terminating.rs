@@ -145,6 +145,7 @@ fn falls_back_to_terminating_endpoints_of_a_node_port() -> TestResult {
     let cluster = Cluster::builder("terminating node port").start()?;
     let backends = Backends::start(&cluster, "echo-hostname-", &["node1"])?;
     let client = cluster.pod("node1", "pause1")?;
+    let far = cluster.pod("node2", "pause2")?;
     let vips = cluster_ips(10);
     for policy in ["Cluster", "Local"] {
         backends.serve(&cluster, "svc-proxy-terminating", &vips, |service| {
@@ -164,6 +165,16 @@ fn falls_back_to_terminating_endpoints_of_a_node_port() -> TestResult {
             for protocol in Protocol::ALL {
                 let to = SocketAddr::new(*address, NODE_PORT);
                 is_served_by(&client.netns, protocol, to, &backends.names())?;
+            }
+        }
+        // A node without endpoints: to clients inside, all count as with Cluster.
+        let node = cluster.node("node2");
+        for from in [&far.netns, &*node.netns] {
+            for address in &node.addresses {
+                for protocol in Protocol::ALL {
+                    let to = SocketAddr::new(*address, NODE_PORT);
+                    is_served_by(from, protocol, to, &backends.names())?;
+                }
             }
         }
     }

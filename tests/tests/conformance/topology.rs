@@ -105,10 +105,13 @@ const THEIR_ZONES: [&str; 3] = ["a", "a", "b"];
 #[test]
 fn traffic_stays_in_a_zone_of_several_nodes() -> TestResult {
     let bed = Bed::start("zones of nodes", &FIVE_NODES, &THREE_SERVERS)?;
-    bed.serve("PreferSameZone", |number, endpoint| {
-        for_zone(endpoint, THEIR_ZONES[number]);
-    })?;
-    Ok(bed.reach(&[(0, 0..2), (1, 0..2), (2, 2..3), (4, 0..3)])?)
+    for distribution in ["PreferClose", "PreferSameZone"] {
+        bed.serve(distribution, |number, endpoint| {
+            for_zone(endpoint, THEIR_ZONES[number]);
+        })?;
+        bed.reach(&[(0, 0..2), (1, 0..2), (2, 2..3), (3, 2..3), (4, 0..3)])?;
+    }
+    Ok(())
 }
 
 /// "should route traffic to an endpoint on the same node or fall back to same zone when using
@@ -119,7 +122,7 @@ fn traffic_stays_on_its_node_or_in_its_zone() -> TestResult {
     bed.serve("PreferSameNode", |number, endpoint| {
         for_node(endpoint, THEIR_ZONES[number]);
     })?;
-    Ok(bed.reach(&[(0, 0..1), (1, 1..2), (2, 2..3), (4, 0..3)])?)
+    Ok(bed.reach(&[(0, 0..1), (1, 1..2), (2, 2..3), (3, 2..3), (4, 0..3)])?)
 }
 
 /// "should route traffic to an endpoint on the same node when using PreferSameNode and fall back

@@ -1,10 +1,14 @@
-//! `internalTrafficPolicy: Local`, from upstream's `test/e2e/network/service.go`. Limit of all:
+//! `internalTrafficPolicy: Local`, and `externalTrafficPolicy` as clients inside see it, from upstream's `test/e2e/network/service.go`. Limit of all:
 //! five times, each within 5 s (`curl --connect-timeout 5`). How it fails without an endpoint upstream
 //! leaves open, and kube-proxy drops; Weir refuses at once.
 
-use weir_tests::{Cluster, Node, TestResult, cluster::cluster_ips, objects::Endpoint};
+use std::net::SocketAddr;
 
-use super::support::{Backends, TARGET, is_down, is_up, service};
+use weir_tests::{
+    Cluster, Node, TestResult, cluster::cluster_ips, objects::Endpoint, traffic::Protocol,
+};
+
+use super::support::{Backends, TARGET, is_down, is_served_by, is_up, service};
 
 fn local(service: &mut serde_json::Value) {
     service["spec"]["internalTrafficPolicy"] = "Local".into();
@@ -64,4 +68,42 @@ fn internal_local_to_an_endpoint_on_the_node() -> TestResult {
     is_down(&far.netns, &vips)?;
     is_up(&node1.netns, &vips, &["node1"])?;
     Ok(is_down(&node2.netns, &vips)?)
+}
+
+/// "should implement NodePort and HealthCheckNodePort correctly when ExternalTrafficPolicy changes", of
+/// `test/e2e/network/loadbalancer.go`, as far as clients of the node itself see it: whatever the policy,
+/// they reach every endpoint, from a node without any too. Clients outside and the health check are
+/// not asked. Limit: 5 min (`KubeProxyLagTimeout`).
+#[test]
+fn a_node_port_serves_the_inside_whatever_the_external_policy() -> TestResult {
+    const NODE_PORT: u16 = 30_080;
+    let cluster = Cluster::builder("external policy").nodes(3).start()?;
+    let backends = Backends::start(&cluster, "echo-hostname-", &["node1", "node2"])?;
+    let clients = [
+        cluster.pod("node1", "pause1")?,
+        cluster.pod("node3", "pause3")?,
+    ];
+    let vips = cluster_ips(10);
+    for policy in ["Local", "Cluster", "Local"] {
+        backends.serve(&cluster, "external-local", &vips, |service| {
+            service["spec"]["type"] = "NodePort".into();
+            service["spec"]["externalTrafficPolicy"] = policy.into();
+            for port in 0..2 {
+                service["spec"]["ports"][port]["nodePort"] = NODE_PORT.into();
+            }
+        })?;
+        for client in &clients {
+            let node = cluster.node(&client.node);
+            for from in [&client.netns, &*node.netns] {
+                is_up(from, &vips, &backends.names())?;
+                for address in &node.addresses {
+                    let to = SocketAddr::new(*address, NODE_PORT);
+                    for protocol in Protocol::ALL {
+                        is_served_by(from, protocol, to, &backends.names())?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
 }
