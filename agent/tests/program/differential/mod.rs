@@ -67,8 +67,26 @@ fn random_worlds_4() {
 }
 
 fn run(test: u64) {
-    let seed = env::var("WEIR_SEED").map_or(1, |seed| seed.parse().unwrap());
-    println!("WEIR_SEED={seed} repeats this test");
+    let seed = env::var("WEIR_SEED").map_or_else(|_| new_seed(), |seed| seed.parse().unwrap());
+    let number = test + 1;
+    let repeat = format!(
+        "WEIR_SEED={seed} cargo nextest run -p weir-agent -E 'test(=differential::random_worlds_{number})'"
+    );
+    println!("{repeat} repeats this test");
+    let result = std::panic::catch_unwind(|| walk(test, seed));
+    if let Err(panic) = result {
+        eprintln!("to repeat it: {repeat}");
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Another one in each run, so that many runs see many worlds. Six digits are easily copied.
+fn new_seed() -> u64 {
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap();
+    (now.as_nanos() as u64 ^ u64::from(std::process::id())) % 1_000_000
+}
+
+fn walk(test: u64, seed: u64) {
     let cases = match env::var("WEIR_LONG") {
         Ok(long) if long == "1" => CASES_LONG,
         _ => CASES,
