@@ -80,7 +80,7 @@ impl Agent {
                     .make_defrag_device(attach(links, refused.clone()));
                 let made = made.await;
                 if let Some(error) = refused.get() {
-                    tracing::warn!(error);
+                    tracing::warn!(error, "nothing puts datagrams together");
                     return self.do_without_defrag().await;
                 }
                 let device = made?;
