@@ -131,6 +131,8 @@ pub struct Agent {
 struct Notes {
     /// Found while the agent started.
     start: Vec<String>,
+    /// Devices of pods of which nothing is known, by interface index, as long as they are there.
+    orphans: BTreeMap<u32, String>,
     /// Pod ranges that cannot be used.
     ranges: Vec<String>,
     /// Switches under `/proc/sys` that could not be set.
@@ -144,6 +146,7 @@ impl Notes {
         [&self.start, &self.ranges, &self.sysctls, &self.endpoints]
             .into_iter()
             .flatten()
+            .chain(self.orphans.values())
     }
 }
 
@@ -397,6 +400,7 @@ impl Agent {
         match event {
             NetlinkEvent::Changed => self.mark(Row::Network),
             NetlinkEvent::LinkRemoved(ifindex) => {
+                self.notes.orphans.remove(&ifindex);
                 if self.plan.devices.contains_key(&ifindex) {
                     self.mark(Row::Network);
                 }

@@ -656,12 +656,18 @@ fn mark_mask(text: &str) -> Result<u32, Refusal> {
 }
 
 fn log_filter(text: &str) -> Result<String, Refusal> {
+    const REMEDY: &str =
+        "give error, warn, info, debug or trace, or by module: info,weir_agent=debug";
+    // Any word is taken for a module, and its filter says nothing of the others: they fall silent.
+    let is_level = |word: &str| word.parse::<tracing::level_filters::LevelFilter>().is_ok();
+    let is_module = |word: &str| word.contains(['=', ':', '[']);
+    let mut words = text.split(',').map(str::trim);
+    if let Some(word) = words.find(|word| !is_level(word) && !is_module(word)) {
+        return refuse(format!("{word:?} is no level"), REMEDY);
+    }
     match tracing_subscriber::EnvFilter::builder().parse(text) {
         Ok(_) => Ok(text.to_owned()),
-        Err(error) => refuse(
-            error.to_string(),
-            "give error, warn, info, debug or trace, or by module: info,weir_agent=debug",
-        ),
+        Err(error) => refuse(error.to_string(), REMEDY),
     }
 }
 

@@ -2,11 +2,12 @@
 
 use std::{fs, net::SocketAddr};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 use weir_tests::{
     Cluster, Node, Pod, TestResult,
     cluster::{Way, cluster_ips},
-    objects, traffic, wait_for,
+    objects, process, traffic, wait_for,
 };
 
 const PORT: u16 = 8080;
@@ -195,5 +196,27 @@ fn a_node_object_with_wrong_addresses_is_a_problem_and_services_are_reached() ->
         })?;
         reaches(&cluster_ips(10)[kept..=kept]).context("with one family")?;
     }
+    Ok(())
+}
+
+/// Somebody has cleaned the node up under a pod that runs.
+#[test]
+fn a_device_of_nobody_is_a_problem_until_it_is_gone() -> TestResult {
+    let cluster = Cluster::builder("orphan").nodes(1).start()?;
+    let node = cluster.node("node1");
+    let pod = cluster.pod("node1", "pod")?;
+    node.agent().stop(Signal::SIGTERM)?;
+    let mut command = node.agent().command(&node.netns)?;
+    command.arg("cleanup");
+    process::run(&mut command, b"", traffic::TIMEOUT)?;
+    node.start_agent()?;
+    let found = problems(node)?;
+    assert!(found.contains("looks like a pod's"), "{found}");
+    pod.delete()?;
+    wait_for("the device to be forgotten", traffic::TIMEOUT, || {
+        let left = problems(node)?;
+        ensure!(!left.contains("looks like a pod's"), "{left}");
+        Ok(Some(()))
+    })?;
     Ok(())
 }

@@ -205,11 +205,12 @@ impl Agent {
         }
         self.notes.start.extend(report.problems);
         for link in &report.orphans {
-            self.notes.start.push(format!(
+            let problem = format!(
                 "the device {} looks like a pod's, but nothing is known of the pod: it has no \
                  network; delete and recreate the pod",
                 link.name
-            ));
+            );
+            self.notes.orphans.insert(link.ifindex, problem);
         }
         let ranges: Vec<IpNet> = self.endpoints.pod_ranges().collect();
         if !ranges.is_empty() {

@@ -397,6 +397,12 @@ fn bad_values_name_setting_origin_value_and_remedy() {
             &["setting log", "weir=loud", "debug or trace"],
         ),
         (
+            &[SOURCE, ("log", "info,inof")],
+            &[],
+            None,
+            &["setting log", "inof", "no level", "debug or trace"],
+        ),
+        (
             &[SOURCE, ("log-format", "xml")],
             &[],
             None,
