@@ -167,6 +167,7 @@ fn frontend<F: Family>(
         return Ok(service::NO_ROW);
     }
     if !ports_known {
+        // A pod's datagram can be put together first; what the node sends comes in order.
         let may_wait = sender != NODE && fragment::is_put_together();
         if flags & address_flag::FRONTENDS != 0 || may_wait {
             return Err(DropReason::FragmentNotFound);

@@ -198,8 +198,8 @@ pub fn to_stack<F: Family>(
     }
 }
 
-/// Hands the packet, which comes from a Service by its source, to the stack as received by the node's own
-/// device.
+/// Hands the packet to the stack as received by the node's own device: there neither its source is taken for
+/// forged nor a route that it carries for its own.
 #[inline(always)]
 pub fn as_received_by_host(ctx: &TcContext) -> Result<Verdict, DropReason> {
     let ifindex = local::config()?.host_ifindex;

@@ -16,7 +16,7 @@ use std::{
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    link::LinkAttribute,
     route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType},
 };
 use nix::sched::{CloneFlags, unshare};
@@ -25,7 +25,7 @@ use weir_common::config::{GATEWAY_V4, GATEWAY_V6, HOST_DEVICE_MAC};
 use super::{
     Change, Link, NetlinkError, ROUTE_PROTOCOL,
     connection::{Connection, Request},
-    convert,
+    convert, veth,
 };
 
 /// Name of both ends.
@@ -136,31 +136,10 @@ fn run(connection: &mut Connection, requests: Vec<Request>) -> Result<(), Netlin
 
 /// The request that makes the pair, down, one end in `node`.
 fn creation(node: &File) -> Request {
-    let mut peer = side();
+    let mut peer = veth::end(DEFRAG_DEVICE, MTU);
     peer.attributes
         .push(LinkAttribute::NetNsFd(node.as_raw_fd()));
-    let mut link = side();
-    link.attributes.push(LinkAttribute::LinkInfo(vec![
-        LinkInfo::Kind(InfoKind::Veth),
-        LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
-    ]));
-    Request {
-        message: RouteNetlinkMessage::NewLink(link),
-        flags: NLM_F_CREATE | NLM_F_EXCL,
-    }
-}
-
-/// Both ends have one address and ask for none, so that whatever is sent to one is for the other.
-fn side() -> LinkMessage {
-    let mut message = LinkMessage::default();
-    message.header.flags = LinkFlags::Noarp;
-    message.header.change_mask = message.header.flags;
-    message.attributes = vec![
-        LinkAttribute::IfName(DEFRAG_DEVICE.to_owned()),
-        LinkAttribute::Mtu(MTU),
-        LinkAttribute::Address(HOST_DEVICE_MAC.0.to_vec()),
-    ];
-    message
+    veth::creation(veth::end(DEFRAG_DEVICE, MTU), peer)
 }
 
 fn up(device: u32) -> Request {

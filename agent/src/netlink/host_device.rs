@@ -10,14 +10,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
-use netlink_packet_route::{
-    RouteNetlinkMessage,
-    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
-};
 use weir_common::config::HOST_DEVICE_MAC;
 
-use super::{Link, connection::Request};
+use super::{Link, connection::Request, veth};
 
 /// The end that the node's stack sends to and receives from.
 pub const HOST_DEVICE: &str = "weir-host";
@@ -51,28 +46,7 @@ pub fn find(links: &[Link]) -> Option<HostDevice> {
 
 /// The request that makes the pair, down. `mtu` in bytes.
 pub(super) fn creation(mtu: u32) -> Request {
-    let peer = side(NET_DEVICE, mtu);
-    let mut link = side(HOST_DEVICE, mtu);
-    link.attributes.push(LinkAttribute::LinkInfo(vec![
-        LinkInfo::Kind(InfoKind::Veth),
-        LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
-    ]));
-    Request {
-        message: RouteNetlinkMessage::NewLink(link),
-        flags: NLM_F_CREATE | NLM_F_EXCL,
-    }
-}
-
-fn side(name: &str, mtu: u32) -> LinkMessage {
-    let mut message = LinkMessage::default();
-    message.header.flags = LinkFlags::Noarp;
-    message.header.change_mask = message.header.flags;
-    message.attributes = vec![
-        LinkAttribute::IfName(name.to_owned()),
-        LinkAttribute::Mtu(mtu),
-        LinkAttribute::Address(HOST_DEVICE_MAC.0.to_vec()),
-    ];
-    message
+    veth::creation(veth::end(HOST_DEVICE, mtu), veth::end(NET_DEVICE, mtu))
 }
 
 /// Switches of both ends. Answers come from Services and from the node itself, which the stack takes

@@ -14,6 +14,7 @@ pub mod pod;
 pub mod sock_diag;
 mod socket;
 pub mod sysctl;
+mod veth;
 mod watch;
 
 use std::{fmt, io, net::IpAddr};
