@@ -17,15 +17,13 @@ use tokio::{
     sync::{mpsc, watch},
     time::MissedTickBehavior,
 };
-use weir_common::{event::Event, metrics::outcome};
+use weir_common::event::Event;
 
 use crate::{
-    api::{
-        Command, Core, Progress,
-        events::{self, EventHub},
-    },
+    api::{Command, Core, Progress, events::EventHub},
     datapath::{AppliedService, Datapath, EventReader, NodeConfig},
     endpoint::{EndpointManager, boot_seconds},
+    health::Health,
     model::{self, Model, ModelOptions, ServicePortKey},
     netlink::{Netlink, NetlinkEvent, sysctl::Sysctls},
     node::{NodeManager, NodePlan, NodeSettings},
@@ -38,26 +36,31 @@ pub mod cleanup;
 mod defrag;
 mod drift;
 mod endpoints;
+mod events;
 mod gone_endpoints;
 mod host;
+mod local_ports;
 pub mod names;
+mod nat_ports;
+mod node_sources;
+mod progress;
 pub mod rows;
 mod services;
 mod socket_translation;
 pub mod start;
 mod status;
+mod strangers;
 pub mod verify;
+mod waiting_commits;
 mod wiring;
 
 use gone_endpoints::GoneEndpoints;
-use names::{Clock, Names};
 use rows::{Phase, Row, Rows};
 use socket_translation::SocketTranslations;
+use waiting_commits::WaitingCommits;
 
 /// Requests of the API that may wait.
 const COMMANDS: usize = 256;
-/// Events handled before other work gets its turn.
-const EVENTS_AT_ONCE: usize = 512;
 /// Batches of the source taken in before they are applied.
 const BATCHES_AT_ONCE: usize = 64;
 /// How often flows are aged and endpoints looked after.
@@ -103,14 +106,22 @@ pub struct Agent {
     /// As the model has them, in the form that the node manager wants.
     node_objects: BTreeMap<String, model::Node>,
     plan: NodePlan,
+    /// The network has been looked at.
+    plan_is_made: bool,
     /// The plan was made with the complete list of nodes.
     plan_is_complete: bool,
     swept: bool,
     sysctls: Sysctls,
     endpoints: EndpointManager,
+    waiting_commits: WaitingCommits,
     /// Where each Service port stands in the kernel.
     applied: HashMap<ServicePortKey, AppliedService>,
     gone: GoneEndpoints,
+    nat_port_drops: nat_ports::RecentDrops,
+    local_ports: local_ports::LocalPorts,
+    health: Health,
+    /// From the first sweep on.
+    strangers: Option<strangers::Strangers>,
     /// Problems that came up at the start or outside of any row.
     notes: Notes,
     commands: mpsc::Receiver<Command>,
@@ -137,6 +148,8 @@ struct Notes {
     ranges: Vec<String>,
     /// Switches under `/proc/sys` that could not be set.
     sysctls: Vec<String>,
+    /// Ports that could not be kept from the node's own connections.
+    local_ports: Option<String>,
     /// Endpoints that the kernel refuses.
     endpoints: Vec<String>,
 }
@@ -147,6 +160,7 @@ impl Notes {
             .into_iter()
             .flatten()
             .chain(self.orphans.values())
+            .chain(&self.local_ports)
     }
 }
 
@@ -161,6 +175,8 @@ struct Late {
     host: bool,
     /// Devices of pods, by interface index.
     pods: BTreeMap<u32, String>,
+    /// Ticks for which connections are still carried over once nothing waits any more.
+    carrying: u32,
 }
 
 /// What woke the loop.
@@ -188,6 +204,8 @@ impl Agent {
         let started = Instant::now();
         let netlink = Netlink::new().context("cannot open the netlink sockets")?;
         let network = netlink.watch().await.context("cannot watch the network")?;
+        // It takes some seconds on a slow machine, and nothing is served meanwhile.
+        tracing::info!("loading the data path");
         let mut datapath = Datapath::open(&start::datapath_options(&settings))
             .context("cannot load the data path")?;
         datapath.refuse_later();
@@ -200,6 +218,8 @@ impl Agent {
                 .take_packet_log()
                 .context("cannot read the packet log of the kernel programs")?,
         );
+        let health = Health::start(settings.healthz_address)
+            .context("cannot start the thread that serves health checks")?;
         let SourceSetting::Directory(directory) = &settings.source;
         let source = dir::spawn(directory)?;
         let nodes = NodeManager::new(
@@ -207,6 +227,7 @@ impl Agent {
             NodeSettings {
                 devices: settings.devices.clone(),
                 mtu: settings.mtu.map(u32::from),
+                node_port_addresses: settings.node_port_addresses.clone(),
             },
         );
         let endpoints = EndpointManager::new(
@@ -228,6 +249,11 @@ impl Agent {
             netns_cookie: host::netns_cookie()
                 .context("cannot tell this network namespace from others (SO_NETNS_COOKIE)")?,
             refusals_per_second: settings.refusals_per_second,
+            nat_port_first: settings.nat_ports.first,
+            nat_port_count: settings.nat_ports.count(),
+            masquerade_v4: settings.masquerade_v4,
+            masquerade_v6: settings.masquerade_v6,
+            non_masquerade_cidrs: settings.non_masquerade_cidrs.clone(),
             ..NodeConfig::default()
         };
         let mut agent = Self {
@@ -239,6 +265,7 @@ impl Agent {
                 node_name: settings.node_name.clone(),
                 exclude_services: settings.exclude_services.clone(),
                 exclude_cidrs: settings.exclude_cidrs.clone(),
+                cluster_ips_outside: settings.cluster_ips_outside,
             }),
             translations: SocketTranslations::default(),
             rows: Rows::default(),
@@ -255,11 +282,17 @@ impl Agent {
             nodes,
             node_objects: BTreeMap::new(),
             plan: NodePlan::default(),
+            plan_is_made: false,
             plan_is_complete: false,
             swept: false,
             endpoints,
+            waiting_commits: WaitingCommits::default(),
             applied: HashMap::new(),
             gone: GoneEndpoints::default(),
+            nat_port_drops: nat_ports::RecentDrops::default(),
+            local_ports: local_ports::LocalPorts::default(),
+            health,
+            strangers: None,
             notes: Notes::default(),
             commands,
             progress,
@@ -286,7 +319,8 @@ impl Agent {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let due = self.rows.next_due();
+            let due = self.rows.next_due().into_iter();
+            let due = due.chain(self.waiting_commits.next_due()).min();
             let events = self.events.clone();
             let wake = tokio::select! {
                 () = &mut stop => Wake::Stop,
@@ -300,6 +334,7 @@ impl Agent {
                 () = sleep_until(due) => Wake::Retry,
                 _ = tick.tick() => Wake::Tick,
             };
+            let is_tick = matches!(wake, Wake::Tick);
             match wake {
                 Wake::Stop | Wake::Command(None) => return Ok(()),
                 Wake::Command(Some(command)) => self.command(command).await,
@@ -325,7 +360,9 @@ impl Agent {
                 }
                 Wake::Tick => self.tick().await,
             }
+            self.settle_commits().await;
             self.publish_progress();
+            self.publish_health(is_tick);
         }
     }
 
@@ -381,7 +418,11 @@ impl Agent {
             // Once more, now with the complete list, even if no node has changed.
             self.mark(Row::Network);
             self.mark(Row::Config);
+            self.mark(Row::LocalPorts);
             self.mark(Row::Sweep);
+            let checks = self.model.health_checks().clone().into_iter();
+            self.health
+                .change(checks.map(|(name, check)| (name, Some(check))).collect());
             tracing::info!(
                 revision = self.source_state.revision,
                 "the source is complete"
@@ -389,6 +430,9 @@ impl Agent {
         }
         for key in services {
             self.mark(Row::Service(Box::new(key)));
+        }
+        if was_synced {
+            self.health.change(delta.health_checks);
         }
     }
 
@@ -401,7 +445,7 @@ impl Agent {
             NetlinkEvent::Changed => self.mark(Row::Network),
             NetlinkEvent::LinkRemoved(ifindex) => {
                 self.notes.orphans.remove(&ifindex);
-                if self.plan.devices.contains_key(&ifindex) {
+                if self.plan.sources.contains_key(&ifindex) {
                     self.mark(Row::Network);
                 }
                 let (endpoints, mut wiring) = self.endpoints_and_wiring();
@@ -427,70 +471,19 @@ impl Agent {
         }
     }
 
-    /// Tells those who watch of an event, and of those that are there already. Without watchers
-    /// events are only taken from the ring.
-    fn tell(&mut self, first: Event) {
-        let watched = self.events.is_watched();
-        let clock = Clock::now();
-        let mut next = Some(first);
-        for _ in 0..EVENTS_AT_ONCE {
-            let Some(event) = next else { break };
-            if watched {
-                let device = self.device_name(event.ifindex);
-                let pods = self
-                    .pod_names
-                    .get_or_insert_with(|| pod_names(&self.endpoints));
-                let model = &self.model;
-                self.events
-                    .send(Names { model, pods }.describe(&event, device, clock));
-            }
-            next = self.ring.try_next();
-        }
-        if let (true, Some(event)) = (watched, next) {
-            // The last one taken; those still in the ring wake the loop again.
-            let device = self.device_name(event.ifindex);
-            let pods = self
-                .pod_names
-                .get_or_insert_with(|| pod_names(&self.endpoints));
-            let model = &self.model;
-            self.events
-                .send(Names { model, pods }.describe(&event, device, clock));
-        }
-    }
-
-    fn device_name(&mut self, ifindex: u32) -> String {
-        let name = || {
-            nix::net::if_::if_indextoname(ifindex)
-                .ok()
-                .and_then(|name| name.into_string().ok())
-                .filter(|name| !name.is_empty())
-                .unwrap_or_else(|| format!("#{ifindex}"))
-        };
-        self.device_names
-            .entry(ifindex)
-            .or_insert_with(name)
-            .clone()
-    }
-
-    /// New flows are told of only while someone wants to hear of them.
-    fn switch_flow_events(&mut self) {
-        let on = self.events.wants_flows();
-        if on == self.flow_events {
-            return;
-        }
-        match self.datapath.config_mut().set_new_flow_events(on) {
-            Ok(()) => self.flow_events = on,
-            Err(error) => tracing::warn!(%error, on, "cannot switch the events for new flows"),
-        }
-    }
-
     async fn tick(&mut self) {
         self.ticks = self.ticks.wrapping_add(1);
+        self.watch_nat_ports();
+        self.carry_over();
+        // A change of the network has put those in doubt that were lost: the sweep is to know.
+        self.ask_for_sources().await;
         match self.datapath.sweep_flows(FLOWS_PER_TICK) {
-            Ok(report) if report.removed > 0 => {
-                tracing::debug!(removed = report.removed, "aged flows");
+            Ok(report) => {
+                if report.removed > 0 {
+                    tracing::debug!(removed = report.removed, "aged flows");
+                }
+                self.look_after_sources(&report).await;
             }
-            Ok(_) => {}
             Err(error) => tracing::warn!(%error, "cannot age the flow table"),
         }
         match self.datapath.sweep_affinity(AFFINITIES_PER_TICK) {
@@ -502,6 +495,10 @@ impl Agent {
         self.tell_lost_events();
         self.look_for_gone_endpoints();
         let is_due = self.ticks.is_multiple_of(ENDPOINT_TICKS);
+        if is_due {
+            // Somebody may have put a list of his own in its place. Rows that wait have their turn first.
+            self.mark(Row::LocalPorts);
+        }
         // A change seen while nothing may be repaired yet is kept for later.
         let changed = !self.late.waiting && std::mem::take(&mut self.network_has_changed);
         let drifted = if is_due || changed {
@@ -519,49 +516,6 @@ impl Agent {
             }
         }
     }
-
-    fn tell_lost_events(&mut self) {
-        let Ok(counter) = self.datapath.counters().outcome(outcome::EVENT_LOST) else {
-            return;
-        };
-        let lost = counter.packets.saturating_sub(self.events_lost);
-        self.events_lost = counter.packets;
-        if lost > 0 && self.events.is_watched() {
-            self.events.send(events::lost(lost));
-        }
-    }
-
-    fn publish_progress(&mut self) {
-        let state = &self.source_state;
-        let done = state.synced && self.rows.is_clean();
-        let missing = if done { Vec::new() } else { self.missing() };
-        self.progress.send_if_modified(|progress| {
-            let applied = if done {
-                state.revision
-            } else {
-                progress.applied
-            };
-            let now = Progress {
-                revision: state.revision,
-                applied,
-                missing,
-            };
-            let changed = *progress != now;
-            *progress = now;
-            changed
-        });
-    }
-
-    /// What keeps the source's last revision from being applied.
-    fn missing(&self) -> Vec<String> {
-        let mut missing = Vec::new();
-        if !self.source_state.synced {
-            missing.push("the source is not complete yet".to_owned());
-        }
-        let failed = self.rows.failed();
-        missing.extend(failed.map(|(row, failure)| format!("{row}: {}", failure.error)));
-        missing
-    }
 }
 
 async fn sleep_until(due: Option<Instant>) {
@@ -569,18 +523,4 @@ async fn sleep_until(due: Option<Instant>) {
         Some(due) => tokio::time::sleep_until(due.into()).await,
         None => std::future::pending().await,
     }
-}
-
-/// Addresses of the pods of this node with the names of the pods.
-fn pod_names(endpoints: &EndpointManager) -> HashMap<IpAddr, String> {
-    endpoints
-        .list()
-        .flat_map(|endpoint| {
-            let spec = &endpoint.spec;
-            let name = spec.display_name();
-            spec.addresses
-                .iter()
-                .map(move |address| (*address, name.clone()))
-        })
-        .collect()
 }

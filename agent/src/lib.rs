@@ -8,6 +8,7 @@ pub mod agent;
 pub mod api;
 pub mod datapath;
 pub mod endpoint;
+pub mod health;
 pub mod ipam;
 pub mod lock;
 pub mod logging;

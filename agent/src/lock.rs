@@ -6,6 +6,7 @@
 //! directory `BPF-ROOT`, for agents that share it from different network namespaces.
 
 use std::{
+    fmt,
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
     os::{
@@ -17,6 +18,8 @@ use std::{
         },
     },
     path::Path,
+    thread,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -26,6 +29,10 @@ use nix::{
 
 /// Name of the abstract socket.
 const ABSTRACT_NAME: &str = "weir-agent";
+
+/// How long a lock may outlive its process: a program that the agent was just about to start has copies of all that was
+/// open until it really starts, also when the agent is killed in that moment.
+const LEFT_BEHIND: Duration = Duration::from_secs(3);
 
 /// Held while the agent lives.
 #[derive(Debug)]
@@ -44,7 +51,7 @@ pub enum LockError {
     )]
     Held {
         /// Process of the other agent.
-        holder: String,
+        holder: Holder,
         /// What both would use.
         what: String,
     },
@@ -59,12 +66,26 @@ pub enum LockError {
 }
 
 impl AgentLock {
-    /// Takes all three locks. Both directories must exist.
+    /// Takes all three locks. Both directories must exist. Those of an agent that is dead are waited for.
     ///
     /// # Errors
     ///
     /// [`LockError::Held`] if another agent has one of them, [`LockError::Io`] if one cannot be made.
     pub fn acquire(run_dir: &Path, bpf_root: &Path) -> Result<Self, LockError> {
+        let deadline = Instant::now() + LEFT_BEHIND;
+        loop {
+            match Self::try_acquire(run_dir, bpf_root) {
+                Err(LockError::Held { holder, .. })
+                    if holder.is_dead() && Instant::now() < deadline =>
+                {
+                    thread::sleep(Duration::from_millis(20));
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn try_acquire(run_dir: &Path, bpf_root: &Path) -> Result<Self, LockError> {
         let node = lock_node()?;
         let path = run_dir.join("agent.lock");
         let file = OpenOptions::new()
@@ -102,7 +123,7 @@ fn lock_node() -> Result<UnixListener, LockError> {
                 .and_then(|stream| getsockopt(&stream.as_fd(), PeerCredentials).ok())
                 .map(|credentials| credentials.pid());
             Err(LockError::Held {
-                holder: holder(pid),
+                holder: Holder(pid),
                 what: "runs on this node (in this network namespace)".to_owned(),
             })
         }
@@ -119,15 +140,41 @@ fn lock_file(file: io::Result<File>, path: &Path, use_of: &str) -> Result<Flock<
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
         Err((file, nix::errno::Errno::EWOULDBLOCK)) => Err(LockError::Held {
-            holder: holder(owner_of_lock(&file)),
+            holder: Holder(owner_of_lock(&file)),
             what: format!("{use_of} {}", path.display()),
         }),
         Err((_, errno)) => Err(failure(errno.into())),
     }
 }
 
-fn holder(pid: Option<i32>) -> String {
-    pid.map_or_else(|| "pid unknown".to_owned(), |pid| format!("pid {pid}"))
+/// The process that made a lock, if it can be told.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Holder(Option<i32>);
+
+impl Holder {
+    /// Whether it is known, and lives no longer. (That of another PID namespace is 0.)
+    fn is_dead(self) -> bool {
+        let Some(pid @ 1..) = self.0 else {
+            return false;
+        };
+        // A zombie has closed everything.
+        match fs::read_to_string(format!("/proc/{pid}/stat")) {
+            Ok(stat) => stat
+                .rsplit(") ")
+                .next()
+                .is_some_and(|rest| rest.starts_with('Z')),
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(pid) => write!(f, "pid {pid}"),
+            None => f.write_str("pid unknown"),
+        }
+    }
 }
 
 /// The process that has a lock on the file, from `/proc/locks`
@@ -181,6 +228,23 @@ mod tests {
         );
         drop(first);
         lock_file(open(), directory.path(), "uses").unwrap();
+    }
+
+    #[test]
+    fn a_process_is_dead_when_it_is_gone_or_a_zombie() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        for alive in [None, Some(0), Some(own)] {
+            assert!(!Holder(alive).is_dead(), "{alive:?}");
+        }
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !Holder(Some(pid)).is_dead() {
+            assert!(Instant::now() < deadline, "a zombie");
+            thread::sleep(Duration::from_millis(5));
+        }
+        child.wait().unwrap();
+        assert!(Holder(Some(pid)).is_dead(), "gone");
     }
 
     #[test]

@@ -91,8 +91,10 @@ fn arguments() -> Command {
             ),
         )
         .subcommand(Command::new("cleanup").about(
-            "Removes Weir from this node: programs, pins, routes, changed sysctls and the state in \
-             the run directory. Pods that still run lose their network",
+            "Removes Weir from this node: programs on devices and on the cgroup, pins of programs and maps, routes \
+             with their neighbours and rules, the devices weir-host, weir-net and weir-defrag, what was changed of \
+             sysctls (NodePorts in ip_local_reserved_ports, too), and the state in the run directory. Devices \
+             of pods stay; pods that still run lose their network",
         ))
         .subcommand(
             Command::new(VERIFY)

@@ -4,10 +4,12 @@
 mod convert;
 mod selector;
 mod socket_translation;
+mod source_ranges;
 
 pub use convert::InvalidObject;
 pub use selector::{LabelSelector, SelectorError};
 pub use socket_translation::{SOCKET_TRANSLATION, SocketTranslation};
+pub use source_ranges::SourceRanges;
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -191,8 +193,11 @@ pub struct Service {
     pub external_ips: Vec<IpAddr>,
     /// `status.loadBalancer.ingress[].ip` whose `ipMode` is VIP or absent.
     pub load_balancer_ips: Vec<IpAddr>,
-    /// `spec.loadBalancerSourceRanges` has a range.
-    pub has_source_ranges: bool,
+    /// `spec.healthCheckNodePort`, or 0. It means something for type LoadBalancer with
+    /// `externalTrafficPolicy: Local` only.
+    pub health_check_node_port: u16,
+    /// `spec.loadBalancerSourceRanges`.
+    pub source_ranges: SourceRanges,
     /// `spec.internalTrafficPolicy`.
     pub internal_policy: TrafficPolicy,
     /// `spec.externalTrafficPolicy`.
@@ -306,6 +311,9 @@ pub struct Node {
     pub external_ips: Vec<IpAddr>,
     /// `spec.podCIDRs` (or `podCIDR`), truncated to the network.
     pub pod_cidrs: Vec<IpNet>,
+    /// It is being deleted (`metadata.deletionTimestamp`), or will be (a taint with the key
+    /// `ToBeDeletedByClusterAutoscaler`): load balancers should send it nothing new (KEP-3836).
+    pub leaving: bool,
 }
 
 /// `v1.Pod`.

@@ -260,6 +260,8 @@ async fn mistakes_keep_the_last_good_state() {
         "{:?}",
         batch.errors
     );
+    let kept = "Service default/s, Namespace three stand no longer in it and stay in force";
+    assert!(batch.errors[1].contains(kept), "{:?}", batch.errors);
 
     // The same while it is no text at all, and while it cannot be found.
     fixture.write("a.yaml", b"\xff\xfe");

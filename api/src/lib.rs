@@ -2,6 +2,7 @@
 //! the one way to connect to the agent's socket. It knows nothing of the agent or the kernel.
 
 use std::{
+    io::ErrorKind,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -35,6 +36,27 @@ pub struct ConnectError {
     cause: std::io::Error,
 }
 
+impl ConnectError {
+    /// The process id of an agent that lives and does not serve the socket: it is still starting, or ending.
+    /// `None` if there is no such agent, or if the socket could not be asked (it is not open to this user).
+    #[must_use]
+    pub fn starting(&self) -> Option<u32> {
+        match self.cause.kind() {
+            ErrorKind::NotFound | ErrorKind::ConnectionRefused => holder_of_lock(&self.socket),
+            _ => None,
+        }
+    }
+}
+
+/// The process that has the lock beside the socket, if it lives and is an agent: the file outlives its agent, and the
+/// number may by then be another process's.
+fn holder_of_lock(socket: &Path) -> Option<u32> {
+    let lock = std::fs::read_to_string(socket.with_file_name("agent.lock")).ok()?;
+    let pid: u32 = lock.trim().parse().ok()?;
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    (name.trim() == "weir-agent").then_some(pid)
+}
+
 /// Connects to the agent at `socket`. Fails at once if nobody listens there.
 ///
 /// `timeout` bounds every later call on the channel; `None` lets them run (streams).
@@ -66,4 +88,49 @@ pub async fn connect(socket: &Path, timeout: Option<Duration>) -> Result<Channel
         endpoint = endpoint.timeout(timeout);
     }
     Ok(endpoint.connect_with_connector_lazy(connector))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(socket: &Path, kind: ErrorKind) -> ConnectError {
+        ConnectError {
+            socket: socket.to_owned(),
+            cause: kind.into(),
+        }
+    }
+
+    #[test]
+    fn only_a_living_agent_starts() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("agent.sock");
+        let lock = directory.path().join("agent.lock");
+        let starting = |kind| error(&socket, kind).starting();
+        assert_eq!(starting(ErrorKind::NotFound), None, "no lock");
+        // A process of another name, one that is gone, and no number.
+        for holder in [std::process::id().to_string(), "4194305".into(), "x".into()] {
+            std::fs::write(&lock, holder).unwrap();
+            assert_eq!(starting(ErrorKind::NotFound), None);
+        }
+        // A process has the name that it was started by.
+        let agent = directory.path().join("weir-agent");
+        std::os::unix::fs::symlink("/bin/sleep", &agent).unwrap();
+        let mut process = std::process::Command::new(&agent)
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = process.id();
+        std::fs::write(&lock, format!("{pid}\n")).unwrap();
+        let found = [
+            ErrorKind::NotFound,
+            ErrorKind::ConnectionRefused,
+            ErrorKind::PermissionDenied,
+        ]
+        .map(starting);
+        process.kill().unwrap();
+        process.wait().unwrap();
+        assert_eq!(found, [Some(pid), Some(pid), None]);
+        assert_eq!(starting(ErrorKind::NotFound), None, "gone");
+    }
 }

@@ -25,7 +25,7 @@ pub fn sentence() -> Result<String> {
         .filter(|word| {
             matches!(
                 word.as_str(),
-                "packets" | "pods" | "services" | "agent" | "--quick"
+                "packets" | "pods" | "services" | "outside" | "agent" | "--quick"
             )
         })
         .map(|word| format!(" {word}"))

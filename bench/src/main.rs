@@ -9,6 +9,7 @@ use clap::{Parser, ValueEnum};
 
 mod agent;
 mod machine;
+mod outside;
 mod packets;
 mod pods;
 mod report;
@@ -25,6 +26,8 @@ enum Part {
     Pods,
     /// Connections through Services, by their number, beside kube-proxy's rules.
     Services,
+    /// Connections and datagrams from outside to an endpoint on another node, beside kube-proxy's rules.
+    Outside,
     /// Start, memory, CNI calls and changes.
     Agent,
 }
@@ -32,9 +35,9 @@ enum Part {
 /// How long it may take.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Effort {
-    /// Three minutes for everything: to see that it works, and roughly where things stand.
+    /// Five minutes for everything: to see that it works, and roughly where things stand.
     Quick,
-    /// A quarter of an hour for everything.
+    /// Half an hour for everything.
     Full,
 }
 
@@ -83,6 +86,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             Part::Packets => packets::run(effort)?,
             Part::Pods => pods::run(effort)?,
             Part::Services => services::run(effort)?,
+            Part::Outside => outside::run(effort)?,
             Part::Agent => agent::run(effort, arguments.rival_cni.as_deref())?,
         });
     }

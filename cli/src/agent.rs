@@ -1,6 +1,11 @@
 //! The commands that ask the agent for a list or a single answer.
 
-use std::{io, os::unix::net::UnixStream, path::Path, time::Duration};
+use std::{
+    io,
+    os::unix::net::UnixStream,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{anyhow, bail};
 use serde::Serialize;
@@ -20,6 +25,8 @@ use crate::{
 
 /// How long an answer may take.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// Between two looks whether an agent has started.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Connects to the agent. `timeout` bounds each call; `None` is for streams.
 pub async fn connect(
@@ -46,7 +53,14 @@ fn unreachable(error: ConnectError, why: Option<io::ErrorKind>, socket: &Path) -
             "the agent's socket {} is not open to this user (permission denied); run this as root",
             socket.display()
         ),
-        _ => error.into(),
+        _ => match error.starting() {
+            Some(pid) => anyhow!(
+                "the agent (pid {pid}) is still starting, or ending: nobody serves its socket {}, as it loads the data \
+                 path first; ask again in some seconds, and see its log if that lasts",
+                socket.display()
+            ),
+            None => error.into(),
+        },
     }
 }
 
@@ -170,6 +184,15 @@ fn node_table(nodes: &[Node]) -> Table {
 
 /// `weir wait --applied`.
 pub async fn wait(socket: &Path, timeout: Duration, format: Format) -> anyhow::Result<()> {
+    let deadline = Instant::now() + timeout;
+    // One that is still starting is waited for, too.
+    while let Err(error) = weir_api::connect(socket, Some(TIMEOUT)).await
+        && error.starting().is_some()
+        && Instant::now() < deadline
+    {
+        tokio::time::sleep(RETRY).await;
+    }
+    let timeout = deadline.saturating_duration_since(Instant::now());
     // The agent answers at the deadline; the call itself gets some more.
     let mut client = connect(socket, Some(timeout + Duration::from_secs(5))).await?;
     let request = WaitAppliedRequest {

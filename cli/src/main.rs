@@ -1,5 +1,5 @@
 //! `weir`: shows what the agent on this node does, over its socket, and what is in the kernel,
-//! from the pinned maps. It changes nothing.
+//! from the pinned maps. It changes nothing but what `cleanup` takes away of others.
 
 use std::{
     io::{self, Write as _},
@@ -12,6 +12,7 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 mod agent;
 mod bpf;
+mod cleanup;
 mod monitor;
 mod output;
 mod service;
@@ -69,6 +70,8 @@ enum Command {
     Monitor(monitor::Arguments),
     /// Waits until everything that the source of objects holds now is in the kernel.
     Wait(WaitArguments),
+    /// Removes what kube-proxy or Cilium have left on this node; works without an agent.
+    Cleanup(cleanup::Arguments),
     /// Versions of this program and of the agent.
     Version,
     /// Prints a script that completes weir's commands and options in a shell.
@@ -193,6 +196,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
             Command::Bpf(arguments) => bpf::run(arguments, socket, format).await,
             Command::Monitor(arguments) => monitor::run(arguments, socket, format).await,
             Command::Wait(arguments) => agent::wait(socket, arguments.timeout, format).await,
+            Command::Cleanup(arguments) => cleanup::run(arguments, format),
             Command::Version => agent::version(socket, format).await,
             Command::Completion { shell } => output::raw(&shell.script()),
         }

@@ -1,6 +1,6 @@
 //! `weir service`: Services as the agent sees them.
 
-use std::{fmt::Write as _, path::Path};
+use std::{fmt::Write as _, path::Path, time::Duration};
 
 use weir_api::v1::{Backend, Frontend, ListServicesRequest, ServicePort};
 
@@ -10,6 +10,9 @@ use crate::{
 };
 
 const CLUSTER: &str = "Cluster";
+const LOCAL: &str = "Local";
+/// The agent's reason for an endpoint that only another node may use.
+const ELSEWHERE: &str = "not on this node (traffic policy Local)";
 const OUTSIDE: &str = "outside";
 
 /// `weir service list`.
@@ -37,8 +40,21 @@ pub async fn get(socket: &Path, name: &str, format: Format) -> anyhow::Result<()
     }
 }
 
+/// All Services, from an agent that answers in time.
+pub async fn all(socket: &Path, timeout: Duration) -> anyhow::Result<Vec<ServicePort>> {
+    ask_within(socket, ListServicesRequest::default(), timeout).await
+}
+
 async fn ask(socket: &Path, request: ListServicesRequest) -> anyhow::Result<Vec<ServicePort>> {
-    let answer = agent::connect(socket, Some(agent::TIMEOUT))
+    ask_within(socket, request, agent::TIMEOUT).await
+}
+
+async fn ask_within(
+    socket: &Path,
+    request: ListServicesRequest,
+    timeout: Duration,
+) -> anyhow::Result<Vec<ServicePort>> {
+    let answer = agent::connect(socket, Some(timeout))
         .await?
         .list_services(request)
         .await
@@ -67,6 +83,7 @@ fn list_table(services: &[ServicePort]) -> Table {
         };
         let backends = &service.backends;
         let status = [service.status.clone()].into_iter();
+        let status = status.chain(without_endpoint(service).map(str::to_owned));
         table.row([
             service.namespace.as_str().into(),
             service.name.as_str().into(),
@@ -91,7 +108,9 @@ fn list_table(services: &[ServicePort]) -> Table {
 
 fn colour(service: &ServicePort) -> Colour {
     match service.status.as_str() {
-        "applied" if service.problems.is_empty() => Colour::Green,
+        "applied" if service.problems.is_empty() && without_endpoint(service).is_none() => {
+            Colour::Green
+        }
         "applied" => Colour::Yellow,
         _ => Colour::Red,
     }
@@ -114,12 +133,19 @@ fn description(ports: &[ServicePort], colours: bool) -> String {
         let status = colour(port).paint(&port.status, colours);
         let _ = writeln!(
             text,
-            "\nPort      {name} {} {}, number {}\nStatus    {status}\nAffinity  {}\n",
+            "\nPort      {name} {} {}, number {}\nStatus    {status}\nAffinity  {}",
             port.protocol,
             port.family,
             port.number,
             affinity(port)
         );
+        if let Some(why) = without_endpoint(port) {
+            let _ = writeln!(text, "Refused   {why}");
+        }
+        if port.restricted {
+            let _ = writeln!(text, "Clients   {}", clients(port));
+        }
+        text.push('\n');
         text += &frontend_table(port).render(colours);
         text.push('\n');
         text += &endpoint_table(port).render(colours);
@@ -231,6 +257,24 @@ impl Place<'_> {
     }
 }
 
+/// Who is refused for want of an endpoint, and whether other nodes have one.
+fn without_endpoint(service: &ServicePort) -> Option<&'static str> {
+    let has = |set| {
+        let mut sets = service.backends.iter().flat_map(|backend| &backend.sets);
+        sets.any(|known| known == set)
+    };
+    let lacks = |set| service.frontends.iter().any(|f| f.set == set) && !has(set);
+    let mut reasons = service.backends.iter().map(|backend| &backend.reason);
+    let is_elsewhere = has(CLUSTER) || reasons.any(|reason| reason == ELSEWHERE);
+    match (lacks(CLUSTER), lacks(LOCAL)) {
+        (false, false) => None,
+        (false, true) if is_elsewhere => {
+            Some("no endpoint on this node for the traffic policy Local; other nodes have one")
+        }
+        _ => Some("no endpoint at all, on no node"),
+    }
+}
+
 fn address(frontend: &Frontend) -> String {
     let address = match frontend.address.as_str() {
         "" => "*",
@@ -250,6 +294,15 @@ fn affinity(service: &ServicePort) -> String {
     match service.affinity_seconds {
         0 => "-".to_owned(),
         seconds => format!("ClientIP {seconds}s"),
+    }
+}
+
+/// Who may use the load balancer addresses.
+fn clients(service: &ServicePort) -> String {
+    let whose = "at load balancer addresses (loadBalancerSourceRanges)";
+    match service.source_ranges.join(", ") {
+        ranges if ranges.is_empty() => format!("nobody {whose}"),
+        ranges => format!("{ranges} {whose}"),
     }
 }
 
@@ -384,6 +437,51 @@ mod tests {
              \n\
              Problems  port 81 is somebody else's\n"
         );
+    }
+
+    #[test]
+    fn no_endpoint_here_is_told_from_none_at_all() {
+        let mut service = service();
+        assert_eq!(without_endpoint(&service), None);
+        // Inside all endpoints serve, outside those of this node.
+        service
+            .frontends
+            .push(frontend("NodePort", "", "outside", "Local"));
+        let here = "no endpoint on this node for the traffic policy Local; other nodes have one";
+        assert_eq!(without_endpoint(&service), Some(here));
+        for text in [
+            description(std::slice::from_ref(&service), false),
+            list_table(std::slice::from_ref(&service)).render(false),
+        ] {
+            assert!(text.contains(here), "{text}");
+        }
+        service.backends[0].sets.push("Local".into());
+        assert_eq!(without_endpoint(&service), None);
+        // Every frontend is Local.
+        service.frontends.remove(0);
+        service.backends = vec![backend("fd00::7", "unused", ELSEWHERE, &[])];
+        assert_eq!(without_endpoint(&service), Some(here));
+        for backends in [
+            Vec::new(),
+            vec![backend("fd00::7", "unused", "not ready", &[])],
+        ] {
+            service.backends = backends;
+            let none = Some("no endpoint at all, on no node");
+            assert_eq!(without_endpoint(&service), none);
+            service.frontends[0].set = "Cluster".into();
+            assert_eq!(without_endpoint(&service), none);
+        }
+    }
+
+    #[test]
+    fn clients_are_told_where_they_are_restricted() {
+        let mut service = service();
+        service.restricted = true;
+        let text = |service: &ServicePort| description(std::slice::from_ref(service), false);
+        assert!(text(&service).contains("\nClients   nobody at load balancer addresses"));
+        service.source_ranges = vec!["192.0.2.0/24".into(), "198.51.100.0/24".into()];
+        let shown = "\nClients   192.0.2.0/24, 198.51.100.0/24 at load balancer addresses";
+        assert!(text(&service).contains(shown), "{}", text(&service));
     }
 
     #[test]

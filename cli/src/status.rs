@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use weir_api::v1::{StatusRequest, StatusResponse};
+use weir_api::v1::{NatPorts, StatusRequest, StatusResponse};
 
 use crate::{
     Format, agent, output,
@@ -73,6 +73,7 @@ fn text(status: &StatusResponse, colours: bool) -> String {
     }
     section(&mut text, "Packets", &forwarded, colours);
     section(&mut text, "Drops", &drops, colours);
+    text.push_str(&strangers(status));
     text
 }
 
@@ -122,6 +123,9 @@ fn overview(status: &StatusResponse, colours: bool) -> String {
             status.addresses_used, status.addresses_resting
         ),
     ));
+    if let Some(ports) = &status.nat_ports {
+        lines.push(("NAT ports", nat_ports(ports)));
+    }
     lines.push(("MTU", status.mtu.to_string()));
     lines.push((
         "Programs",
@@ -163,6 +167,42 @@ fn overview(status: &StatusResponse, colours: bool) -> String {
     text
 }
 
+/// Who has ports of the range: each destination can use each of them, so there may be more users than ports.
+fn nat_ports(ports: &NatPorts) -> String {
+    let NatPorts {
+        first,
+        last,
+        in_use_ipv4,
+        in_use_ipv6,
+        ..
+    } = ports;
+    format!(
+        "{in_use_ipv4} in use by IPv4, {in_use_ipv6} by IPv6; {} ports for each destination ({first}-{last})",
+        (last + 1).saturating_sub(*first)
+    )
+}
+
+/// What others have on the node; nothing while it is not known, or there is nothing.
+fn strangers(status: &StatusResponse) -> String {
+    let Some(strangers) = &status.strangers else {
+        return String::new();
+    };
+    let mut text = String::new();
+    for stranger in &strangers.found {
+        let (what, why, remedy) = (&stranger.what, &stranger.why, &stranger.remedy);
+        text.push_str(&format!(
+            "  {what}\n    {why}\n    to remove it: {remedy}\n"
+        ));
+    }
+    for error in &strangers.errors {
+        text.push_str(&format!("  {error}\n"));
+    }
+    if !text.is_empty() {
+        text.insert_str(0, "\nStrangers on this node:\n");
+    }
+    text
+}
+
 fn or_none(items: Vec<String>) -> String {
     if items.is_empty() {
         "none".to_owned()
@@ -182,7 +222,9 @@ fn section(text: &mut String, title: &str, table: &Table, colours: bool) {
 
 #[cfg(test)]
 mod tests {
-    use weir_api::v1::{Attachment, EndedSockets, MapFill, PacketCounter, Source};
+    use weir_api::v1::{
+        Attachment, EndedSockets, MapFill, PacketCounter, Source, Stranger, Strangers,
+    };
 
     use super::*;
 
@@ -261,6 +303,42 @@ mod tests {
         let text = text(&status, false);
         let line = "Sockets     3 ended whose endpoint was gone, 1 failed";
         assert!(text.contains(line), "{text}");
+    }
+
+    #[test]
+    fn nat_ports_in_use_stand_beside_their_range() {
+        let mut status = answer();
+        assert!(!text(&status, false).contains("NAT ports"));
+        status.nat_ports = Some(NatPorts {
+            first: 61_000,
+            last: 61_063,
+            in_use_ipv4: 70,
+            in_use_ipv6: 3,
+            exhausted_in_last_minute: 0,
+        });
+        let text = text(&status, false);
+        let line =
+            "NAT ports   70 in use by IPv4, 3 by IPv6; 64 ports for each destination (61000-61063)";
+        assert!(text.contains(line), "{text}");
+    }
+
+    #[test]
+    fn strangers_are_named_with_their_remedy() {
+        let mut status = answer();
+        status.strangers = Some(Strangers::default());
+        assert!(!text(&status, false).contains("Strangers"));
+        status.strangers = Some(Strangers {
+            found: vec![Stranger {
+                what: "a device".into(),
+                why: "it matters".into(),
+                remedy: "weir cleanup --cilium".into(),
+            }],
+            errors: vec!["cannot look at x".into()],
+        });
+        let text = text(&status, false);
+        let wanted = "\nStrangers on this node:\n  a device\n    it matters\n    to remove it: weir \
+                      cleanup --cilium\n  cannot look at x\n";
+        assert!(text.ends_with(wanted), "{text}");
     }
 
     #[test]

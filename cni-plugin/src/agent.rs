@@ -3,8 +3,12 @@
 use std::{fmt, net::IpAddr, path::Path, time::Duration};
 
 use tonic::{Code, Status, transport::Channel};
-use weir_api::v1::{
-    self, AllocateRequest, AllocateResponse, CommitRequest, ReleaseRequest, cni_client::CniClient,
+use weir_api::{
+    ConnectError,
+    v1::{
+        self, AllocateRequest, AllocateResponse, CommitRequest, ReleaseRequest,
+        cni_client::CniClient,
+    },
 };
 
 use crate::{
@@ -70,13 +74,13 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// Code 11, naming the socket.
+    /// Code 11, naming the socket, and the agent's process if it lives and does not serve the socket.
     pub async fn connect(socket: &Path, timeout: Duration) -> Result<Self, CniError> {
         // The time-out below covers a full backlog too; the channel's own is the same bound per call.
         let channel = tokio::time::timeout(timeout, weir_api::connect(socket, Some(timeout)))
             .await
             .map_err(|_| no_answer(&socket.display().to_string(), "connection", timeout))?
-            .map_err(|error| CniError::new(code::TRY_AGAIN, error.to_string()))?;
+            .map_err(|error| not_connected(&error, socket))?;
         Ok(Self {
             client: CniClient::new(channel),
             socket: socket.display().to_string(),
@@ -202,6 +206,22 @@ async fn bounded<T>(
     tokio::time::timeout(timeout, call)
         .await
         .unwrap_or_else(|_| Err(Status::deadline_exceeded("")))
+}
+
+/// Nobody serves the socket. What the runtime does about it stands in the details: it is true of ADD only.
+fn not_connected(error: &ConnectError, socket: &Path) -> CniError {
+    match error.starting() {
+        Some(pid) => CniError::with_details(
+            code::TRY_AGAIN,
+            format!(
+                "the Weir agent (pid {pid}) is still starting, or ending: nobody serves its socket {}, as it loads \
+                 the data path first",
+                socket.display()
+            ),
+            "the runtime will try again; see the agent's log if that lasts",
+        ),
+        None => CniError::new(code::TRY_AGAIN, error.to_string()),
+    }
 }
 
 fn no_answer(socket: &str, call: &str, timeout: Duration) -> CniError {

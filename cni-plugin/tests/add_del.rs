@@ -3,11 +3,11 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{os::unix::net::UnixListener, time::Duration};
 
 use serde_json::{Value, json};
 use support::{
-    fake_agent::{Behaviour, FakeAgent},
+    fake_agent::{Behaviour, FakeAgent, StartingAgent},
     node::{Bed, Namespace, Outcome, answer},
 };
 use tonic::Status;
@@ -312,6 +312,37 @@ fn add_without_an_agent_says_where_it_looked() {
     assert_eq!(code, 11);
     assert!(message.contains("agent.sock"), "{message}");
     assert_nothing_is_left(&bed);
+}
+
+#[test]
+fn an_agent_that_does_not_serve_yet_is_told_from_none() {
+    let bed = Bed::new();
+    let starting = StartingAgent::start(bed.directory.path());
+    let words = format!("agent (pid {}) is still starting", starting.pid());
+    let again = "the runtime will try again";
+    // Without a socket, and with that of an agent that is gone.
+    for left in [false, true] {
+        if left {
+            drop(UnixListener::bind(bed.directory.path().join("agent.sock")).unwrap());
+        }
+        let (code, message) = add(&bed).error();
+        assert_eq!(code, 11, "{message}");
+        for part in [&words, again, "agent.sock"] {
+            assert!(message.contains(part), "{part}: {message}");
+        }
+        assert_nothing_is_left(&bed);
+        // A DEL is done without it: nobody tries that again.
+        let outcome = del(&bed);
+        assert!(outcome.success, "{outcome:?}");
+        assert!(outcome.stderr.contains(&words), "{}", outcome.stderr);
+        assert!(!outcome.stderr.contains(again), "{}", outcome.stderr);
+    }
+    // The lock file outlives its agent.
+    drop(starting);
+    let (code, message) = add(&bed).error();
+    assert_eq!(code, 11, "{message}");
+    assert!(message.contains("is weir-agent running"), "{message}");
+    assert!(!message.contains("starting"), "{message}");
 }
 
 #[test]

@@ -69,10 +69,43 @@ pub struct Config {
 assert_abi_size!(Config = 360);
 map_types!(Config);
 
+/// What pods' traffic to the outside becomes at a device of this node: a value of `DEVICE_ADDRESSES`, whose
+/// key is the interface index (u32). Every device of the node has a row, but for those of pods: what would leave by a device
+/// that is not known yet is dropped, lest it leaves with a pod's address.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct DeviceAddresses {
+    /// Bits of [`device_flag`].
+    pub flags: u32,
+    /// The address that it sends from where the kernel's routes do not tell one (before
+    /// `BPF_FIB_LOOKUP_SRC`, kernel 6.7): its own, else one of the node's; zero if there is none.
+    pub v4: Ipv4,
+    /// The same for IPv6.
+    pub v6: Ipv6,
+}
+
+/// Bits of [`DeviceAddresses::flags`].
+pub mod device_flag {
+    /// The programs are attached: what pods send to the outside by this device gets an address of the
+    /// node. Without it the device is left to others, and pods keep their address there.
+    pub const ATTACHED: u32 = 0x1;
+    /// The device has one IPv6 address that it may send from, [`super::DeviceAddresses::v6`], and no route
+    /// of the node says another: by RFC 6724 (rules 2, 3 and 5) it is the source of whatever leaves by the device. The kernel
+    /// would find the same by looking at every address of every device, those of pods too.
+    pub const SOLE_V6: u32 = 0x2;
+}
+
+assert_abi_size!(DeviceAddresses = 24);
+map_types!(DeviceAddresses);
+
 /// Bits of [`Config::flags`].
 pub mod flag {
     /// Someone watches: send an event for every new flow too, not for drops only.
     pub const EVENT_NEW_FLOW: u32 = 0x1;
+    /// What pods send to the outside over IPv4 gets an address of this node.
+    pub const MASQUERADE_V4: u32 = 0x2;
+    /// The same over IPv6.
+    pub const MASQUERADE_V6: u32 = 0x4;
 }
 
 /// Default gateway of the pods, IPv4; link-local, never seen outside the veth pair.

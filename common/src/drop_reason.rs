@@ -53,10 +53,14 @@ pub enum DropReason {
     IcmpReplyFailed = 151,
     /// A malformed or foreign ARP or neighbour discovery packet from a pod.
     Neighbour = 152,
+    /// The client is in none of the Service's loadBalancerSourceRanges.
+    NotInSourceRange = 153,
+    /// The node has no address that it could send from there.
+    NoSourceAddress = 154,
 }
 
 const FIRST: DropReason = DropReason::InvalidSource;
-const LAST: DropReason = DropReason::Neighbour;
+const LAST: DropReason = DropReason::NoSourceAddress;
 
 /// Every reason, in the order of their numbers.
 pub const ALL: &[DropReason] = &[
@@ -84,6 +88,8 @@ pub const ALL: &[DropReason] = &[
     DropReason::PullFailed,
     DropReason::IcmpReplyFailed,
     DropReason::Neighbour,
+    DropReason::NotInSourceRange,
+    DropReason::NoSourceAddress,
 ];
 
 impl DropReason {
@@ -115,6 +121,8 @@ impl DropReason {
             Self::PullFailed => "SKB_PULL_FAILED",
             Self::IcmpReplyFailed => "ICMP_REPLY_FAILED",
             Self::Neighbour => "NEIGHBOUR_INVALID",
+            Self::NotInSourceRange => "NOT_IN_SRC_RANGE",
+            Self::NoSourceAddress => "NO_SOURCE_ADDRESS",
         }
     }
 
@@ -138,7 +146,7 @@ impl DropReason {
             Self::NoEndpoint => "an address of this node's pod range that no pod has",
             Self::NoNextHop => "the node it should go to cannot be reached now",
             Self::StaleEndpoint => "the pod it was for is gone",
-            Self::NoBackend => "the Service has no endpoint",
+            Self::NoBackend => "no endpoint, or none on this node with a traffic policy Local",
             Self::NoServicePort => "a Service has this address but not this port",
             Self::FragmentNotFound => "a later fragment came before its first",
             Self::TtlExceeded => "the time to live (hop limit) is used up; answered with ICMP",
@@ -150,9 +158,17 @@ impl DropReason {
                 "a protocol that cannot be translated this way (SCTP with another port)"
             }
             Self::MissingConfig => "a table that must be there is not; a fault of Weir",
-            Self::InvalidDestination => "a destination that may not be sent to from there",
+            Self::InvalidDestination => {
+                "may not be sent to from there (ClusterIPs from outside: see cluster-ips-outside)"
+            }
             Self::PullFailed => "the kernel could not make the headers readable (memory)",
             Self::IcmpReplyFailed => "an ICMP answer could not be built",
+            Self::NotInSourceRange => {
+                "the client is in none of the Service's loadBalancerSourceRanges"
+            }
+            Self::NoSourceAddress => {
+                "this node has no address of the family that it could send from there"
+            }
             Self::Neighbour => {
                 "a malformed or foreign ARP or neighbour discovery packet from a pod"
             }

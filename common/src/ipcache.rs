@@ -14,21 +14,31 @@ pub mod class {
     pub const THIS_NODE: u8 = 3;
     /// An address of a Service that no node has.
     pub const SERVICE: u8 = 4;
+    /// A range outside, of which something is to be known: its flags.
+    pub const OUTSIDE: u8 = 5;
 }
 
 /// Bits of [`IpcacheEntry::flags`].
 pub mod flag {
     /// `FRONTENDS_*` has keys with this address.
     pub const FRONTENDS: u8 = 0x1;
-    /// NodePorts and HostPorts are served at this address: keys of `FRONTENDS_*` with address
-    /// zero.
+    /// NodePorts are served at this address: keys of `FRONTENDS_*` with address zero whose value has
+    /// [`crate::service::frontend::NODE_PORT`].
     pub const NODE_PORTS: u8 = 0x2;
+    /// Any of the three: something may be served at this address.
+    pub const SERVED: u8 = FRONTENDS | NODE_PORTS | HOST_PORTS;
     /// A port that no frontend has is refused: a ClusterIP, or a LoadBalancer address that no
     /// device of this node has.
     pub const REFUSE: u8 = 0x4;
     /// A ClusterIP: nothing from outside may have it as its source. (Load balancers and hosts with an
     /// external address may send from it.)
     pub const CLUSTER_IP: u8 = 0x8;
+    /// HostPorts are served at this address: keys of `FRONTENDS_*` with address zero whose value does not
+    /// have [`crate::service::frontend::NODE_PORT`]. Every address of this node has it.
+    pub const HOST_PORTS: u8 = 0x10;
+    /// What pods send there keeps their address (the setting `non-masquerade-cidrs`). Stands on every
+    /// entry that such a range covers.
+    pub const NO_MASQUERADE: u8 = 0x20;
 }
 
 /// A value of `IPCACHE_V4` and `IPCACHE_V6`. The key is the prefix length in bits (u32, byte

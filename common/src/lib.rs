@@ -32,7 +32,7 @@ pub use drop_reason::DropReason;
 
 /// Version of the layout of all pinned maps together. A change of any type in this crate that is
 /// stored in a pinned map raises it; the agent refuses or migrates pins of another version.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Asserts the size of a type that is part of the ABI.
 macro_rules! assert_abi_size {

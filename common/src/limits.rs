@@ -4,6 +4,15 @@
 /// Numbers of endpoints on one node: 1 to `ENDPOINTS_MAX - 1`; 0 means none. The kubelet's usual
 /// limit is 110 pods, large nodes run 500.
 pub const ENDPOINTS_MAX: u32 = 4096;
+/// Rows of `ENDPOINT_FLOWS`: one for each endpoint, row 0 for the node, and row
+/// [`crate::next_hop::HOST`] for what the node itself answers to clients outside.
+pub const ENDPOINT_FLOWS_ROWS: u32 = ENDPOINTS_MAX + 1;
+
+/// Rows of `REFUSALS`: as `ENDPOINT_FLOWS`, and one for ICMP errors to the outside.
+pub const REFUSALS_ROWS: u32 = ENDPOINT_FLOWS_ROWS + 1;
+
+/// Rows of `NAT_SEARCH` for destinations; a power of two.
+pub const NAT_SEARCH_ROWS: u32 = 256;
 
 /// Rows of `LOCAL_ADDRESSES_V4` and `_V6`: addresses that pods of this node may have, over all
 /// pod ranges of the family (see [`crate::config::PodRange`]).
@@ -38,6 +47,16 @@ pub const SLOT_CHUNKS_MAX: u32 = 4096;
 /// one place in `FLOW_RING_*`.
 pub const CONNECTIONS_DEFAULT: u32 = 131_072;
 
+/// Entries of `FLOWS_*` beyond two for each connection. A connection claims its reply tuple before the one whose
+/// place it takes goes, on several processors at once.
+pub const FLOWS_SPARE: u32 = 1024;
+
+/// Entries of `FLOWS_V4` and `_V6` for so many connections.
+#[must_use]
+pub const fn flows(connections: u32) -> u32 {
+    connections.saturating_mul(2).saturating_add(FLOWS_SPARE)
+}
+
 /// Places of the flow ring looked at for each new connection when the table is full.
 pub const FLOW_RING_PROBES: u32 = 8;
 
@@ -54,5 +73,9 @@ pub const AFFINITY_DEFAULT: u32 = 65_536;
 /// Bytes of the event ring buffer; a power of two and a multiple of the page size.
 pub const EVENTS_BYTES: u32 = 512 * 1024;
 
+/// Default entries of `SOURCE_RANGES_V4` and `_V6` (allocated as they are used).
+pub const SOURCE_RANGES_DEFAULT: u32 = 65_536;
+/// Entries of `DEVICE_ADDRESSES`: devices of the node that programs are attached to.
+pub const DEVICES_MAX: u32 = 1024;
 /// Source ports tried when the reply tuple of a new connection is taken by another connection.
 pub const NAT_PORT_PROBES: u32 = 8;

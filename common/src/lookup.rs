@@ -19,10 +19,16 @@ pub enum Lookup {
     FlowUpdate = 5,
     /// `AFFINITY`, updates too.
     Affinity = 6,
+    /// `SOURCE_RANGES_*`.
+    SourceRange = 7,
+    /// The node's routes (`bpf_fib_lookup`).
+    Route = 8,
+    /// `DEVICE_ADDRESSES`.
+    DeviceAddress = 9,
 }
 
 /// Rows of `LOOKUPS`.
-pub const COUNT: u32 = 7;
+pub const COUNT: u32 = 10;
 
 /// All kinds, in the order of their numbers.
 pub const ALL: [Lookup; COUNT as usize] = [
@@ -33,4 +39,7 @@ pub const ALL: [Lookup; COUNT as usize] = [
     Lookup::EndpointByIfindex,
     Lookup::FlowUpdate,
     Lookup::Affinity,
+    Lookup::SourceRange,
+    Lookup::Route,
+    Lookup::DeviceAddress,
 ];

@@ -47,6 +47,21 @@ pub const DEVICE_HOOKS: [Hook; 6] = [
 ];
 
 impl Hook {
+    /// From the number that a global function of the kernel got; what enters no connections is [`Self::FromHost`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_kernel(number: u32) -> Self {
+        const FROM_POD: u32 = Hook::FromPod as u32;
+        const TO_POD: u32 = Hook::ToPod as u32;
+        const FROM_NETDEV: u32 = Hook::FromNetdev as u32;
+        match number {
+            FROM_POD => Self::FromPod,
+            TO_POD => Self::ToPod,
+            FROM_NETDEV => Self::FromNetdev,
+            _ => Self::FromHost,
+        }
+    }
+
     /// The name of the hook; at a device that of the program too.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -78,11 +93,14 @@ pub mod outcome {
     /// Fragments sent to be put together, as they came before their first; at `from_defrag` those that
     /// came back.
     pub const DEFRAG: u8 = 7;
+    /// Sent to the outside by the node's routes, past the stack.
+    pub const ROUTED: u8 = 8;
     /// New connections entered in the flow table.
     pub const FLOW_CREATED: u8 = 10;
-    /// Connections removed from the full table because they had been idle for their time-out.
+    /// Connections that left their place in the table or their NAT port to others because they had been idle for their
+    /// time-out.
     pub const FLOW_EXPIRED: u8 = 11;
-    /// Connections removed from the full table before their time-out.
+    /// Connections that left their place or port to others before their time-out.
     pub const FLOW_EVICTED: u8 = 12;
     /// Connections whose own source port was taken and that got another.
     pub const FLOW_PORT_CHANGED: u8 = 13;
@@ -93,6 +111,10 @@ pub mod outcome {
     pub const REFUSED: u8 = 15;
     /// Refusals that were not sent, to keep within the limit.
     pub const REFUSAL_LIMITED: u8 = 16;
+    /// Ports of the NAT range tried for new connections, those that were free included.
+    pub const NAT_PORT_TRIED: u8 = 17;
+    /// Searches of the whole NAT range, where a few random tries found no free port.
+    pub const NAT_PORT_SEARCH: u8 = 18;
     /// Events that found no room in the ring buffer.
     pub const EVENT_LOST: u8 = 20;
 
@@ -104,6 +126,7 @@ pub mod outcome {
         (ANSWERED, "ANSWERED"),
         (TRANSLATED, "TRANSLATED"),
         (DEFRAG, "DEFRAG"),
+        (ROUTED, "ROUTED"),
         (FLOW_CREATED, "FLOW_CREATED"),
         (FLOW_EXPIRED, "FLOW_EXPIRED"),
         (FLOW_EVICTED, "FLOW_EVICTED"),
@@ -111,6 +134,8 @@ pub mod outcome {
         (FLOW_STALE, "FLOW_STALE"),
         (REFUSED, "REFUSED"),
         (REFUSAL_LIMITED, "REFUSAL_LIMITED"),
+        (NAT_PORT_TRIED, "NAT_PORT_TRIED"),
+        (NAT_PORT_SEARCH, "NAT_PORT_SEARCH"),
         (EVENT_LOST, "EVENT_LOST"),
     ];
 }

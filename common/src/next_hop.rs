@@ -5,7 +5,11 @@
 //! (its row in `ENDPOINTS` is the next hop, `NEXT_HOPS` has none); [`HOST`] is the node's own
 //! stack; from [`FIRST_ROW`] on, rows of `NEXT_HOPS` at index `number - FIRST_ROW`.
 
-use crate::{Ipv6, assert_abi_size, limits::ENDPOINTS_MAX, map_types};
+use crate::{
+    Ipv6, assert_abi_size,
+    limits::{ENDPOINTS_MAX, NEXT_HOPS_MAX},
+    map_types,
+};
 
 /// No next hop.
 pub const NONE: u32 = 0;
@@ -13,6 +17,10 @@ pub const NONE: u32 = 0;
 pub const HOST: u32 = ENDPOINTS_MAX;
 /// The first number that is a row of `NEXT_HOPS`.
 pub const FIRST_ROW: u32 = ENDPOINTS_MAX + 1;
+
+/// Where the node's routes lead, past its stack: the last row of `NEXT_HOPS`, which is always of the kind
+/// [`kind::ROUTED`] and no node's.
+pub const ROUTED: u32 = FIRST_ROW + NEXT_HOPS_MAX - 1;
 
 /// What a row of `NEXT_HOPS` is. Stored as a byte.
 pub mod kind {
@@ -22,6 +30,9 @@ pub mod kind {
     pub const NEIGHBOUR: u8 = 1;
     /// The node's own stack routes it.
     pub const HOST: u8 = 2;
+    /// The node's routes are asked for every packet (`bpf_fib_lookup`), then as [`NEIGHBOUR`]. What they do
+    /// not lead to a neighbour is the stack's.
+    pub const ROUTED: u8 = 3;
 }
 
 /// A row of `NEXT_HOPS`.
@@ -40,9 +51,12 @@ pub struct NextHop {
     pub generation: u32,
     /// The neighbour to send to, in the shared form.
     pub gateway: Ipv6,
+    /// This node's address towards there, in the shared form: the source of what is translated to the
+    /// node. Zero if there is none of the packets' family.
+    pub source: Ipv6,
 }
 
-assert_abi_size!(NextHop = 28);
+assert_abi_size!(NextHop = 44);
 map_types!(NextHop);
 
 /// Whether the number is an endpoint of this node.

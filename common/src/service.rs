@@ -33,15 +33,41 @@ pub const fn state_row(number: u32, set: u32) -> u32 {
     number * endpoint_set::COUNT + set
 }
 
-/// The number of the Service port that a row of `SERVICE_STATE` belongs to.
+/// The number of the Service port that a row of `SERVICE_STATE`, or a value of `FRONTENDS_*`, belongs to.
 #[inline(always)]
 #[must_use]
 pub const fn service_port_of_row(row: u32) -> u32 {
-    row / endpoint_set::COUNT
+    (row & frontend::ROW_MASK) / endpoint_set::COUNT
 }
 
-/// A key of `FRONTENDS_V4` and `FRONTENDS_V6`; the value is a row of `SERVICE_STATE` (u32), see
-/// [`state_row`].
+/// A value of `FRONTENDS_V4` and `FRONTENDS_V6`: a word, the row of `SERVICE_STATE` ([`state_row`]) and
+/// these bits above it.
+pub mod frontend {
+    /// Bits of the row.
+    pub const ROW_MASK: u32 = 0x00ff_ffff;
+    /// A client must be in one of the Service port's ranges (`SOURCE_RANGES_*`).
+    pub const SOURCE_RANGES: u32 = 0x8000_0000;
+    /// A NodePort, served at addresses with [`crate::ipcache::flag::NODE_PORTS`]. Without it a key with
+    /// address zero is a HostPort.
+    pub const NODE_PORT: u32 = 0x4000_0000;
+}
+
+/// A key of `SOURCE_RANGES_V4` and `_V6` (longest prefix): the prefix length in bits (u32, byte order of
+/// the machine) followed by this. The first 32 bits of a prefix are the number of the Service port, so its
+/// length is 32 and that of the range. The value is a word without meaning.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub struct SourceRangeKey<A> {
+    /// Number of the Service port, network byte order.
+    pub service_port: [u8; 4],
+    /// Address of the client, or of the range.
+    pub address: A,
+}
+
+assert_abi_size!(SourceRangeKey<crate::Ipv4> = 8, SourceRangeKey<Ipv6> = 20);
+map_types!(SourceRangeKey<crate::Ipv4>, SourceRangeKey<Ipv6>);
+
+/// A key of `FRONTENDS_V4` and `FRONTENDS_V6`; the value is a word, see [`frontend`].
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub struct FrontendKey<A> {

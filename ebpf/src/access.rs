@@ -1,6 +1,6 @@
 //! The one door to packet bytes.
 
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::{helpers::bpf_skb_vlan_pop, programs::TcContext};
 
 /// Bytes of an Ethernet header.
 pub const ETHERNET: u32 = 14;
@@ -78,11 +78,28 @@ pub fn gso_size(ctx: &TcContext) -> u32 {
     unsafe { (*ctx.skb.skb).gso_size }
 }
 
-/// Whether the frame has a VLAN tag. (The kernel has taken it out of the bytes.)
+/// Whether the frame has a VLAN tag that names a VLAN. (The kernel has taken it out of the bytes.) Number 0 gives a
+/// priority only and belongs to the device itself (IEEE 802.1Q section 6.9.1).
 #[inline(always)]
 pub fn is_tagged(ctx: &TcContext) -> bool {
+    const NUMBER: u32 = 0xfff;
     // SAFETY: as above.
-    unsafe { (*ctx.skb.skb).vlan_present != 0 }
+    unsafe { (*ctx.skb.skb).vlan_tci & NUMBER != 0 }
+}
+
+/// Takes off a tag that gives a priority only: it would go along to the device that the frame is sent on. Gives
+/// whether the frame has none now; one that stood behind it takes its place. Pointers into the packet are invalid
+/// afterwards.
+#[inline(always)]
+pub fn remove_priority_tag(ctx: &TcContext) -> bool {
+    // SAFETY: as above.
+    if unsafe { (*ctx.skb.skb).vlan_present } == 0 {
+        return true;
+    }
+    // SAFETY: the context is valid.
+    unsafe { bpf_skb_vlan_pop(ctx.skb.skb) };
+    // SAFETY: as above.
+    unsafe { (*ctx.skb.skb).vlan_present == 0 }
 }
 
 /// Whether the frame is addressed to another host: a switch floods what it does not know, and a

@@ -7,6 +7,7 @@ use aya_ebpf::{
 };
 use weir_common::{
     DropReason, MacAddress,
+    address::Address,
     config::HOST_DEVICE_MAC,
     endpoint::Endpoint,
     flow::{flag, scope},
@@ -16,7 +17,13 @@ use weir_common::{
 };
 
 use crate::{
-    access, family::Family, icmp, local, maps, packet::Packet, switches, verdict::Verdict,
+    access,
+    family::Family,
+    icmp, local, maps,
+    packet::Packet,
+    route::{self, way},
+    switches,
+    verdict::Verdict,
 };
 
 /// A next hop, looked up: a pod of this node, a neighbour on a device, or neither, the node's own
@@ -46,7 +53,7 @@ impl Hop {
             .get(number.wrapping_sub(next_hop::FIRST_ROW))
             .ok_or(DropReason::NoNextHop)?;
         match row.kind {
-            next_hop::kind::NEIGHBOUR => Ok(Self::new(None, Some(row))),
+            next_hop::kind::NEIGHBOUR | next_hop::kind::ROUTED => Ok(Self::new(None, Some(row))),
             next_hop::kind::HOST => Ok(Self::new(None, None)),
             _ => Err(DropReason::NoNextHop),
         }
@@ -106,8 +113,17 @@ pub fn deliver<F: Family>(
     packet: &Packet<F::Address>,
     hop: Hop,
 ) -> Result<Verdict, DropReason> {
+    // Only what comes from pods and from outside has clients there.
+    let may_be_routed = matches!(hook, Hook::FromPod | Hook::FromNetdev);
     let mtu = match (hop.endpoint, hop.neighbour) {
         (Some(row), _) => u32::from(row.mtu),
+        (None, Some(row)) if may_be_routed && row.kind == next_hop::kind::ROUTED => {
+            match F::find_route(ctx) {
+                way::STACK => return to_stack::<F>(ctx, hook, packet),
+                way::NOWHERE => return nowhere(packet),
+                mtu => mtu,
+            }
+        }
         (None, Some(row)) => u32::from(row.mtu),
         (None, None) => return to_stack::<F>(ctx, hook, packet),
     };
@@ -152,10 +168,25 @@ pub fn deliver<F: Family>(
         }
         (None, Some(row)) => {
             ctx.set_mark(access::mark(ctx) | mark::DONE << switches::mark_shift());
-            Verdict::remote(redirect_to_neighbour(row))
+            if may_be_routed && row.kind == next_hop::kind::ROUTED {
+                Verdict::routed(route::redirect())
+            } else {
+                Verdict::remote(redirect_to_neighbour(row))
+            }
         }
         (None, None) => Verdict::STACK,
     })
+}
+
+/// What has no way to the outside: the stack tells the sender, who must know the packet for its own; else it is
+/// dropped.
+#[inline(always)]
+fn nowhere<A: Address>(packet: &Packet<A>) -> Result<Verdict, DropReason> {
+    if packet.rewrite.flags & (flag::REPLY | flag::REWRITE_DESTINATION) == 0 {
+        Ok(Verdict::STACK)
+    } else {
+        Err(DropReason::NoNextHop)
+    }
 }
 
 /// Bytes of a packet that every way takes: the smallest MTU of IPv6 (RFC 8200 section 5).
@@ -184,8 +215,10 @@ pub fn to_stack<F: Family>(
     let is_reply = flags & flag::REPLY != 0;
     let reply_scope = (flags & flag::PARTNER_SCOPE_MASK) >> flag::PARTNER_SCOPE_SHIFT;
     let leaves_node = !is_reply && reply_scope != u16::from(scope::NODE);
+    // With an address of the node as its source it would be taken for forged elsewhere.
+    let is_from_node = flags & flag::SOURCE_NAT != 0;
     match hook {
-        Hook::FromPod | Hook::FromNetdev if is_reply => as_received_by_host(ctx),
+        Hook::FromPod | Hook::FromNetdev if is_reply || is_from_node => as_received_by_host(ctx),
         // It carries the host's route to itself, by which it would come to nobody else.
         Hook::FromHost if access::ifindex(ctx) == LOOPBACK && leaves_node => {
             if packet.wire_length(ctx) > SMALL {

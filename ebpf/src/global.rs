@@ -10,21 +10,21 @@ use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use crate::{
     decide,
     family::{V4, V6},
-    flow, fragment, refuse,
+    flow, fragment, nat_port, refuse, ring, route,
 };
 
 /// See [`decide::decide`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn decide_v4(sender: u32, ports_known: u32) -> u32 {
-    decide::decide::<V4>(sender, ports_known)
+pub extern "C" fn decide_v4(skb: *mut __sk_buff, sender: u32, ports_known: u32) -> u32 {
+    decide::decide::<V4>(&TcContext::new(skb), sender, ports_known)
 }
 
 /// See [`decide::decide`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn decide_v6(sender: u32, ports_known: u32) -> u32 {
-    decide::decide::<V6>(sender, ports_known)
+pub extern "C" fn decide_v6(skb: *mut __sk_buff, sender: u32, ports_known: u32) -> u32 {
+    decide::decide::<V6>(&TcContext::new(skb), sender, ports_known)
 }
 
 /// See [`flow::enter`].
@@ -95,4 +95,88 @@ pub extern "C" fn put_together_v4(skb: *mut __sk_buff, hook: u32, endpoint: u32)
 #[inline(never)]
 pub extern "C" fn put_together_v6(skb: *mut __sk_buff, hook: u32, endpoint: u32) -> u32 {
     fragment::send_away::<V6>(&TcContext::new(skb), hook, endpoint)
+}
+
+/// See [`route::find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn find_route_v4(skb: *mut __sk_buff) -> u32 {
+    route::find::<V4>(&TcContext::new(skb))
+}
+
+/// See [`route::find_source`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn find_source_v4(skb: *mut __sk_buff) -> u32 {
+    route::find_source::<V4>(&TcContext::new(skb))
+}
+
+/// See [`route::find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn find_route_v6(skb: *mut __sk_buff) -> u32 {
+    route::find::<V6>(&TcContext::new(skb))
+}
+
+/// See [`route::find_source`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn find_source_v6(skb: *mut __sk_buff) -> u32 {
+    route::find_source::<V6>(&TcContext::new(skb))
+}
+
+/// See [`flow::claim_reply_tuple`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn claim_reply_tuple_v4() -> u32 {
+    flow::claim_reply_tuple::<V4>()
+}
+
+/// See [`ring::examine_place`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn examine_place_v4(place: u32) -> u32 {
+    ring::examine_place::<V4>(place)
+}
+
+/// See [`nat_port::claim`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn claim_nat_port_v4(hook: u32) -> u32 {
+    nat_port::claim::<V4>(hook)
+}
+
+/// See [`nat_port::examine_tenant`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn examine_tenant_v4() -> u32 {
+    nat_port::examine_tenant::<V4>()
+}
+
+/// See [`flow::claim_reply_tuple`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn claim_reply_tuple_v6() -> u32 {
+    flow::claim_reply_tuple::<V6>()
+}
+
+/// See [`ring::examine_place`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn examine_place_v6(place: u32) -> u32 {
+    ring::examine_place::<V6>(place)
+}
+
+/// See [`nat_port::claim`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn claim_nat_port_v6(hook: u32) -> u32 {
+    nat_port::claim::<V6>(hook)
+}
+
+/// See [`nat_port::examine_tenant`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn examine_tenant_v6() -> u32 {
+    nat_port::examine_tenant::<V6>()
 }

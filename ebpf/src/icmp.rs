@@ -15,7 +15,7 @@ use weir_common::{
     checksum::{self, Summed},
     flow::FlowKey,
     lookup::Lookup,
-    metrics::Hook,
+    metrics::{Hook, outcome},
     protocol,
 };
 
@@ -25,8 +25,8 @@ use crate::{
     family::Family,
     local, maps,
     packet::{Packet, icmp_type},
-    scratch, switches,
-    verdict::Verdict,
+    refuse, scratch, switches,
+    verdict::{self, Verdict},
 };
 
 /// Bytes of the offending packet that an error quotes at most: any network header with options or
@@ -36,6 +36,8 @@ const QUOTE_MAX: u32 = 128;
 const QUOTE_MIN: u32 = 28;
 /// Bytes of an ICMP header.
 const ICMP: u32 = 8;
+/// Where in it the identifier of an echo stands.
+pub const IDENTIFIER: u32 = 4;
 
 /// An error to be sent.
 #[derive(Clone, Copy)]
@@ -94,7 +96,8 @@ pub fn answer_time_exceeded<F: Family>(
 }
 
 /// Sends an error, or drops with `reason` what must not be answered (RFC 1122 section 3.2.2): errors, later
-/// fragments, and packets without a usable source.
+/// fragments, and packets without a usable source; and what exceeds the limit of errors to the outside
+/// (RFC 4443 section 2.4). A pod that provokes errors gets them itself.
 #[inline(always)]
 fn answer<F: Family>(
     ctx: &TcContext,
@@ -104,6 +107,10 @@ fn answer<F: Family>(
     reason: DropReason,
 ) -> Result<Verdict, DropReason> {
     if packet.is_later_fragment() || is_error(packet) || F::is_link_local(packet.key.source) {
+        return Err(reason);
+    }
+    if matches!(hook, Hook::FromNetdev) && !refuse::may_answer(refuse::ERRORS_OUTSIDE) {
+        verdict::count(hook, outcome::REFUSAL_LIMITED, 0);
         return Err(reason);
     }
     build_from_node::<F>(ctx, error)?;
@@ -147,6 +154,15 @@ pub fn is_error<A: Address>(packet: &Packet<A>) -> bool {
         protocol::ICMPV6 if A::BITS == 128 => packet.icmp_type < 128,
         _ => false,
     }
+}
+
+/// Whether a packet is an echo request, whose identifier stands for a source port.
+#[inline(always)]
+pub fn is_echo_request<A: Address>(packet: &Packet<A>) -> bool {
+    matches!(
+        (packet.key.protocol, packet.icmp_type),
+        (protocol::ICMP, icmp_type::ECHO_REQUEST) | (protocol::ICMPV6, icmp_type::V6_ECHO_REQUEST)
+    )
 }
 
 /// An error from its ICMP header on, and before it what else its checksum is computed over; zeros
@@ -277,7 +293,7 @@ fn finish(
 #[inline(always)]
 pub fn translate_error<F: Family>(
     ctx: &TcContext,
-    packet: &Packet<F::Address>,
+    packet: &mut Packet<F::Address>,
 ) -> Result<Option<u32>, DropReason> {
     let next_hop = find_quoted::<F>(ctx, packet);
     if next_hop == 0 {
@@ -285,6 +301,11 @@ pub fn translate_error<F: Family>(
     }
     if put_back_quoted::<F>(ctx, packet) != 0 || put_back_outer::<F>(ctx, packet) != 0 {
         return Err(DropReason::ChecksumUpdate);
+    }
+    // As it is now, for whoever looks for its way.
+    if let Some(work) = work::<F>() {
+        packet.key.source = work.outer_source;
+        packet.key.destination = work.source;
     }
     Ok(Some(next_hop))
 }
@@ -428,15 +449,26 @@ fn read_quoted<F: Family>(
             version >> 4 == 6
         };
         let protocol = *access::at::<u8>(ctx, l3_offset + protocol_at)?;
-        if !expected || !matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP) {
+        let is_echo = protocol == F::ICMP;
+        let has_ports = matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP);
+        if !expected || !(has_ports || is_echo) {
             return None;
         }
         let pair = access::at::<[F::Address; 2]>(ctx, l3_offset + addresses)?;
         work.quoted.source = (*pair)[1];
         work.quoted.destination = (*pair)[0];
-        let ports = access::at::<[Port; 2]>(ctx, l4_offset)?;
-        work.quoted.source_port = (*ports)[1];
-        work.quoted.destination_port = (*ports)[0];
+        if is_echo {
+            // Only requests: nobody answers a reply, and what it is about is told by its request.
+            if *access::at::<u8>(ctx, l4_offset)? != F::ECHO_REQUEST {
+                return None;
+            }
+            work.quoted.source_port = Port([0; 2]);
+            work.quoted.destination_port = *access::at::<Port>(ctx, l4_offset + IDENTIFIER)?;
+        } else {
+            let ports = access::at::<[Port; 2]>(ctx, l4_offset)?;
+            work.quoted.source_port = (*ports)[1];
+            work.quoted.destination_port = (*ports)[0];
+        }
         work.quoted.protocol = protocol;
         work.quoted.scope = packet.key.scope;
         work.quoted.reserved = 0;
@@ -452,7 +484,12 @@ fn write_quoted<F: Family>(ctx: &TcContext, work: &Work<F::Address>) -> Option<(
     unsafe {
         *access::at::<[F::Address; 2]>(ctx, work.l3_offset + addresses)? =
             [work.source, work.destination];
-        *access::at::<[Port; 2]>(ctx, work.l4_offset)? = [work.source_port, work.destination_port];
+        if work.quoted.protocol == F::ICMP {
+            *access::at::<Port>(ctx, work.l4_offset + IDENTIFIER)? = work.source_port;
+        } else {
+            *access::at::<[Port; 2]>(ctx, work.l4_offset)? =
+                [work.source_port, work.destination_port];
+        }
         if F::NUMBER == 4 {
             let place = access::at::<u16>(ctx, work.l3_offset + 10)?;
             *place = checksum::apply(*place, quoted_difference(work));

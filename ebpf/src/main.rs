@@ -30,6 +30,8 @@ mod affinity;
 #[cfg(target_arch = "bpf")]
 mod answer;
 #[cfg(target_arch = "bpf")]
+mod bare;
+#[cfg(target_arch = "bpf")]
 mod decide;
 #[cfg(target_arch = "bpf")]
 mod deliver;
@@ -54,6 +56,8 @@ mod log;
 #[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
+mod nat_port;
+#[cfg(target_arch = "bpf")]
 mod neighbour;
 #[cfg(target_arch = "bpf")]
 mod packet;
@@ -65,6 +69,8 @@ mod refuse;
 mod rewrite;
 #[cfg(target_arch = "bpf")]
 mod ring;
+#[cfg(target_arch = "bpf")]
+mod route;
 #[cfg(target_arch = "bpf")]
 mod scratch;
 #[cfg(target_arch = "bpf")]
@@ -118,6 +124,18 @@ mod entry {
     #[classifier]
     pub fn to_netdev(ctx: TcContext) -> i32 {
         verdict::conclude(&ctx, Hook::ToNetdev, hooks::to_netdev::run(&ctx))
+    }
+
+    /// tcx ingress on the node's devices that have no link layer.
+    #[classifier]
+    pub fn from_netdev_bare(ctx: TcContext) -> i32 {
+        verdict::conclude(&ctx, Hook::FromNetdev, hooks::from_netdev::run_bare(&ctx))
+    }
+
+    /// tcx egress on the node's devices that have no link layer.
+    #[classifier]
+    pub fn to_netdev_bare(ctx: TcContext) -> i32 {
+        verdict::conclude(&ctx, Hook::ToNetdev, hooks::to_netdev::run_bare(&ctx))
     }
 }
 

@@ -9,7 +9,7 @@ use aya_ebpf::{
 use weir_common::{
     Ipv4, Ipv6,
     affinity::{Affinity, AffinityKey},
-    config::Config,
+    config::{Config, DeviceAddresses},
     endpoint::Endpoint,
     event::Event,
     flow::{FlowEntry, FlowKey},
@@ -18,13 +18,15 @@ use weir_common::{
     lookup::{self, Lookup},
     metrics::{self, Counter, FlowRingState, FragmentKey, FragmentPorts},
     next_hop::NextHop,
-    service::{Backend, ELEMENTS_PER_CHUNK, FrontendKey, ServiceState, endpoint_set},
+    service::{
+        Backend, ELEMENTS_PER_CHUNK, FrontendKey, ServiceState, SourceRangeKey, endpoint_set,
+    },
     socket::SocketFrontends,
 };
 
 use crate::switches;
 
-const FLOWS: usize = 2 * limits::CONNECTIONS_DEFAULT as usize;
+const FLOWS: usize = limits::flows(limits::CONNECTIONS_DEFAULT) as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -38,6 +40,9 @@ pub type Fragments<A> =
 /// Address and port of a Service → row of `SERVICE_STATE`.
 pub type Frontends<A> =
     HashMap<FrontendKey<A>, u32, { limits::FRONTENDS_DEFAULT as usize }, ON_DEMAND>;
+/// Clients that a Service port serves at its load balancer addresses, by longest prefix.
+pub type SourceRanges<A> =
+    LpmTrie<SourceRangeKey<A>, u32, { limits::SOURCE_RANGES_DEFAULT as usize }>;
 /// What an address is, by longest prefix.
 pub type Ipcache<A> = LpmTrie<A, IpcacheEntry, { limits::IPCACHE_DEFAULT as usize }>;
 /// Address of a local pod, as offset in the pod ranges → endpoint number.
@@ -53,7 +58,7 @@ pub static ENDPOINTS: Array<Endpoint, { limits::ENDPOINTS_MAX as usize }> = Arra
 /// 1 once the endpoint has an entry in the flow table. Set here, cleared by the agent when the
 /// number is given to another pod.
 #[btf_map]
-pub static ENDPOINT_FLOWS: Array<u32, { limits::ENDPOINTS_MAX as usize }> = Array::new();
+pub static ENDPOINT_FLOWS: Array<u32, { limits::ENDPOINT_FLOWS_ROWS as usize }> = Array::new();
 #[btf_map]
 pub static ENDPOINT_BY_IFINDEX: HashMap<u32, u32, { limits::ENDPOINTS_MAX as usize }> =
     HashMap::new();
@@ -72,6 +77,11 @@ pub static NEXT_HOPS: Array<NextHop, { limits::NEXT_HOPS_MAX as usize }> = Array
 pub static IPCACHE_V4: Ipcache<Ipv4> = LpmTrie::new();
 #[btf_map]
 pub static IPCACHE_V6: Ipcache<Ipv6> = LpmTrie::new();
+
+/// Interface index of a device of the node → the addresses that it sends from.
+#[btf_map]
+pub static DEVICE_ADDRESSES: HashMap<u32, DeviceAddresses, { limits::DEVICES_MAX as usize }> =
+    HashMap::new();
 
 #[btf_map]
 pub static FLOWS_V4: Flows<Ipv4> = HashMap::new();
@@ -93,6 +103,10 @@ pub static FRONTENDS_V4: Frontends<Ipv4> = HashMap::new();
 #[btf_map]
 pub static FRONTENDS_V6: Frontends<Ipv6> = HashMap::new();
 #[btf_map]
+pub static SOURCE_RANGES_V4: SourceRanges<Ipv4> = LpmTrie::new();
+#[btf_map]
+pub static SOURCE_RANGES_V6: SourceRanges<Ipv6> = LpmTrie::new();
+#[btf_map]
 pub static SERVICE_STATE: Array<
     ServiceState,
     { (limits::SERVICE_PORTS_DEFAULT * endpoint_set::COUNT) as usize },
@@ -113,9 +127,15 @@ pub static AFFINITY_TIMEOUTS: Array<u32, { limits::SERVICE_PORTS_DEFAULT as usiz
     Array::new();
 
 /// When the next refusal is due (nanoseconds of `CLOCK_MONOTONIC`), by number of the endpoint that is
-/// refused; 0 is the node.
+/// refused; 0 is the node, [`weir_common::next_hop::HOST`] stands for all clients outside. The last row is for
+/// ICMP errors to the outside, so that refusals do not keep those of path-MTU discovery away.
 #[btf_map]
-pub static REFUSALS: Array<u64, { limits::ENDPOINTS_MAX as usize }> = Array::new();
+pub static REFUSALS: Array<u64, { limits::REFUSALS_ROWS as usize }> = Array::new();
+
+/// When the whole NAT range may be searched again (nanoseconds of `CLOCK_MONOTONIC`): row 0 at all, the others for
+/// destinations by their hash.
+#[btf_map]
+pub static NAT_SEARCH: Array<u64, { 1 + limits::NAT_SEARCH_ROWS as usize }> = Array::new();
 
 /// Interface index of the device behind which the kernel puts datagrams together, 0 if there is none.
 #[btf_map]
@@ -138,6 +158,12 @@ pub static EVENTS: RingBuf<Event, { limits::EVENTS_BYTES as usize }> = RingBuf::
 pub struct PacketRoom(pub [u64; 16]);
 #[btf_map]
 pub static PACKET: PerCpuArray<PacketRoom, 1> = PerCpuArray::new();
+
+/// Room for a question to the node's routes, see [`crate::route`]. Not pinned, never read by the agent.
+#[repr(C, align(8))]
+pub struct RouteRoom(pub [u64; 8]);
+#[btf_map]
+pub static ROUTE: PerCpuArray<RouteRoom, 1> = PerCpuArray::new();
 
 /// Room for what is too large for the stack of 512 bytes. Not pinned, never read by the agent.
 #[repr(C, align(8))]

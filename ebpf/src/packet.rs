@@ -23,6 +23,16 @@ pub mod fragment {
     pub const LATER: u8 = 2;
 }
 
+/// What the flow table was asked about a tuple, and said: values of [`Packet::asked`].
+pub mod asked {
+    /// It was not asked: nobody there has an entry, as far as is known.
+    pub const NOT: u8 = 0;
+    /// It has none.
+    pub const UNKNOWN: u8 = 1;
+    /// It has one that does not hold any more.
+    pub const STALE: u8 = 2;
+}
+
 /// A packet whose headers have been read and found consistent. Every bit pattern of it is valid:
 /// it stands in [`crate::scratch::packet`].
 #[derive(Clone, Copy)]
@@ -49,12 +59,14 @@ pub struct Packet<A> {
     pub icmp_type: u8,
     /// 1: may not be fragmented (always so in IPv6).
     pub dont_fragment: u8,
-    /// 1: the flow table was asked a moment ago and has nothing for this tuple.
-    pub is_unknown: u8,
+    /// What the flow table has said of this tuple, one of [`asked`].
+    pub asked: u8,
     /// Bytes of the jumbo payload option of an offloaded packet. Its segments have none.
     pub jumbo_option: u8,
     /// 1: it was put together with the others of its datagram and cut again.
     pub has_come_back: u8,
+    /// When the connection of the stale entry began, in ticks of the flow table: by that it is recognised again.
+    pub stale_created: u32,
     /// How it is translated; nothing as long as its flags are zero.
     pub rewrite: Rewrite<A>,
 }
@@ -76,7 +88,7 @@ impl<A: Address> Packet<A> {
         self.tcp_header = 0;
         self.icmp_type = 0;
         self.dont_fragment = 1;
-        self.is_unknown = 0;
+        self.asked = asked::NOT;
         self.jumbo_option = 0;
         self.has_come_back = 0;
         self.rewrite.flags = 0;

@@ -11,7 +11,7 @@ use aya_ebpf::{
 use weir_common::{
     DropReason, Ipv6, Port,
     address::Address,
-    checksum,
+    checksum, limits,
     metrics::{Hook, outcome},
     protocol::{self, tcp_flag},
 };
@@ -32,7 +32,7 @@ const SECOND: u64 = 1_000_000_000;
 /// Bytes of a TCP header without options.
 const TCP: u32 = 20;
 
-/// Drops the packet of `sender`, a pod or [`decide::NODE`], for `reason`, and refuses it if it is of the
+/// Drops the packet of `sender`, a pod or one of [`decide::NODE`] and [`decide::OUTSIDE`], for `reason`, and refuses it if it is of the
 /// kind that is refused.
 #[inline(always)]
 pub fn or_drop<F: Family>(
@@ -40,7 +40,11 @@ pub fn or_drop<F: Family>(
     sender: u32,
     reason: DropReason,
 ) -> Result<Verdict, DropReason> {
-    if !matches!(reason, DropReason::NoBackend | DropReason::NoServicePort) {
+    let is_refused = matches!(
+        reason,
+        DropReason::NoBackend | DropReason::NoServicePort | DropReason::InvalidDestination
+    );
+    if !is_refused {
         return Err(reason);
     }
     Ok(Verdict::from_word(F::refuse(ctx, sender, reason as u32)))
@@ -58,10 +62,10 @@ fn try_refuse<F: Family>(
     sender: u32,
     reason: DropReason,
 ) -> Result<Verdict, DropReason> {
-    let hook = if sender == decide::NODE {
-        Hook::FromHost
-    } else {
-        Hook::FromPod
+    let hook = match sender {
+        decide::NODE => Hook::FromHost,
+        decide::OUTSIDE => Hook::FromNetdev,
+        _ => Hook::FromPod,
     };
     let packet = scratch::packet::<F>()?;
     let is_tcp = packet.key.protocol == protocol::TCP;
@@ -89,10 +93,13 @@ fn try_refuse<F: Family>(
     Ok(Verdict::refused(reason, answer::send_back(ctx, hook)))
 }
 
-/// Whether one more answer is within the limit (the generic cell rate algorithm). Processors that
-/// ask at the same instant may get one answer more.
+/// Row of `REFUSALS` for ICMP errors to the outside.
+pub const ERRORS_OUTSIDE: u32 = limits::REFUSALS_ROWS - 1;
+
+/// Whether one more answer is within the limit of a row of `REFUSALS` (the generic cell rate algorithm).
+/// Processors that ask at the same instant may get one answer more.
 #[inline(always)]
-fn may_answer(sender: u32) -> bool {
+pub fn may_answer(row: u32) -> bool {
     let Ok(config) = local::config() else {
         return false;
     };
@@ -100,7 +107,7 @@ fn may_answer(sender: u32) -> bool {
     if rate == 0 {
         return true;
     }
-    let Some(place) = maps::REFUSALS.get_ptr_mut(sender) else {
+    let Some(place) = maps::REFUSALS.get_ptr_mut(row) else {
         return false;
     };
     // SAFETY: no preconditions; an aligned word of an array.

@@ -14,7 +14,7 @@ use weir_common::{
     protocol,
 };
 
-use crate::{access, family::Family, packet::Packet, switches};
+use crate::{access, family::Family, icmp, packet::Packet, switches};
 
 /// A translation of one direction of a flow.
 #[derive(Clone, Copy)]
@@ -64,12 +64,32 @@ impl<A: Address + Summed> Rewrite<A> {
     ) -> Result<(), DropReason> {
         F::write_addresses(ctx, self.source, self.destination, self.address_difference)?;
         if self.port_difference != 0 && !packet.is_later_fragment() {
-            // SAFETY: plain bytes.
-            let ports = unsafe { access::at::<[Port; 2]>(ctx, packet.l4_offset) }
-                .ok_or(DropReason::Malformed)?;
-            // SAFETY: checked by `at`; nobody else holds a reference into the packet.
-            unsafe { *ports = [self.source_port, self.destination_port] };
+            self.write_ports::<F>(ctx, packet)?;
         }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn write_ports<F: Family<Address = A>>(
+        &self,
+        ctx: &TcContext,
+        packet: &Packet<A>,
+    ) -> Result<(), DropReason> {
+        if packet.key.protocol == F::ICMP {
+            // The identifier of an echo; the port that it does not stand for is zero.
+            let place = packet.l4_offset + icmp::IDENTIFIER;
+            let identifier = self.source_port.word() | self.destination_port.word();
+            // SAFETY: plain bytes.
+            let place = unsafe { access::at::<u16>(ctx, place) }.ok_or(DropReason::Malformed)?;
+            // SAFETY: checked by `at`; nobody else holds a reference into the packet.
+            unsafe { *place = identifier };
+            return Ok(());
+        }
+        // SAFETY: plain bytes.
+        let ports = unsafe { access::at::<[Port; 2]>(ctx, packet.l4_offset) }
+            .ok_or(DropReason::Malformed)?;
+        // SAFETY: as above.
+        unsafe { *ports = [self.source_port, self.destination_port] };
         Ok(())
     }
 
@@ -91,8 +111,11 @@ impl<A: Address + Summed> Rewrite<A> {
         } else {
             0
         };
-        let pseudo = kind | u64::from(BPF_F_PSEUDO_HDR) | v6;
-        replace(ctx, offset, self.address_difference, pseudo)?;
+        // That of ICMP covers no addresses (RFC 792).
+        if packet.key.protocol != protocol::ICMP {
+            let pseudo = kind | u64::from(BPF_F_PSEUDO_HDR) | v6;
+            replace(ctx, offset, self.address_difference, pseudo)?;
+        }
         if self.port_difference != 0 {
             replace(ctx, offset, self.port_difference, kind)?;
         }
@@ -113,7 +136,7 @@ fn replace(ctx: &TcContext, offset: u32, difference: u32, flags: u64) -> Result<
 }
 
 /// Where the checksum of a packet is, and the flag of its kind; `None` if it has none that covers
-/// addresses and ports.
+/// addresses or ports.
 #[inline(always)]
 fn checksum_of<A: Address>(packet: &Packet<A>) -> Option<(u32, u64)> {
     if packet.is_later_fragment() {
@@ -121,6 +144,7 @@ fn checksum_of<A: Address>(packet: &Packet<A>) -> Option<(u32, u64)> {
     }
     match packet.key.protocol {
         protocol::TCP => Some((packet.l4_offset + 16, 0)),
+        protocol::ICMP | protocol::ICMPV6 => Some((packet.l4_offset + 2, 0)),
         // Zero means none (RFC 768) and stays so.
         protocol::UDP => Some((packet.l4_offset + 6, u64::from(BPF_F_MARK_MANGLED_0))),
         _ => None,

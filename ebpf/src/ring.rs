@@ -3,7 +3,8 @@
 //!
 //! A connection takes the place under the hand. Where that place belongs to a connection that is
 //! idle beyond its time-out, both its entries are removed. Where it belongs to a live one the hand
-//! goes on, a bounded number of steps; then the one of those seen that matters least gives way:
+//! goes on, a bounded number of steps; then the one of those seen that matters least gives way, when the
+//! new connection has everything else that it needs:
 //! closed before unanswered, unanswered before answered, and the longest idle first. Idle tables
 //! cost nothing, and a new connection costs a bounded number of lookups.
 
@@ -15,43 +16,29 @@ use weir_common::{
     metrics::{Hook, outcome},
 };
 
-use crate::{family::Family, flow as flows, local, maps, packet::Packet, scratch, verdict};
+use crate::{family::Family, flow as flows, local, maps, scratch, verdict};
 
 /// No place could be had.
 pub const NO_PLACE: u32 = u32::MAX;
 
-/// Gives the place for the connection of a packet; its former tenant, if any, is gone when this
-/// returns. A stale connection of the same tuple leaves its own place to the new one.
+/// Ends the connection that has the chosen place, if there is one.
 #[inline(always)]
-pub fn take_place<F: Family>(packet: &Packet<F::Address>) -> u32 {
-    if packet.is_unknown == 0 {
-        let place = take_over::<F>(packet);
-        if place != NO_PLACE {
-            return place;
-        }
-    }
-    find_place::<F>()
-}
-
-/// Removes the other half of a stale connection of the same tuple and gives its place, or
-/// [`NO_PLACE`] if there is none.
-#[inline(never)]
-fn take_over<F: Family>(packet: &Packet<F::Address>) -> u32 {
-    match flows::look_at::<F>(&packet.key) {
-        Some(stale) => {
-            flows::remove::<F>(&stale.partner);
-            stale.ring
-        }
-        None => NO_PLACE,
+pub fn vacate<F: Family>() {
+    if let Ok(work) = scratch::decision::<F>()
+        && work.candidate != NO_PLACE
+    {
+        evict::<F>();
     }
 }
 
-/// Looks for a place under the hand and a few after it.
+/// Gives a place for a new connection, under the hand or a few after it. A connection that is alive may still have
+/// it, and is the candidate in the scratch room then: [`vacate`] ends it, once everything else that the new one needs is
+/// there.
 ///
 /// What was seen so far stands in the scratch room, of which the verifier knows nothing: it then
 /// follows one path from step to step.
 #[inline(always)]
-fn find_place<F: Family>() -> u32 {
+pub fn choose_place<F: Family>() -> u32 {
     let Ok(work) = scratch::decision::<F>() else {
         return NO_PLACE;
     };
@@ -63,21 +50,33 @@ fn find_place<F: Family>() -> u32 {
         if place == NO_PLACE {
             return NO_PLACE;
         }
-        if is_free::<F>(place) != 0 {
+        if F::examine_place(place) != 0 {
+            work.candidate = NO_PLACE;
             return place;
         }
     }
-    evict::<F>()
+    work.candidate
 }
 
 /// Bits of a merit that count idle time, most merit for the least.
 const MERIT_AGE_BITS: u32 = 28;
 
+/// Merit that any connection has that is not over.
+pub const LEAST_MERIT_UNANSWERED: u32 = 1 << MERIT_AGE_BITS;
+
+/// What speaks for a connection that has been idle for so many ticks: the higher, the longer it stays.
+#[inline(always)]
+pub fn merit(state: ConnectionState, idle: u32) -> u32 {
+    let most = (1 << MERIT_AGE_BITS) - 1;
+    let youth = most - if idle > most { most } else { idle };
+    state.eviction_rank() << MERIT_AGE_BITS | youth
+}
+
 /// Returns 1 if nobody has a place, or nobody any more: an idle connection is removed here. Else
 /// the place becomes the candidate for eviction if its connection matters less than the former
-/// candidate's.
-#[inline(never)]
-fn is_free<F: Family>(place: u32) -> u32 {
+/// candidate's. (The body of [`Family::examine_place`].)
+#[inline(always)]
+pub fn examine_place<F: Family>(place: u32) -> u32 {
     let Ok(config) = local::config() else {
         return 1;
     };
@@ -103,14 +102,11 @@ fn is_free<F: Family>(place: u32) -> u32 {
             .of(tenant.state)
             .saturating_mul(flow::TICKS_PER_SECOND)
     {
-        flows::remove::<F>(&tenant.partner);
-        flows::remove::<F>(key);
+        flows::remove_both::<F>(key, &tenant);
         verdict::count(Hook::FromPod, outcome::FLOW_EXPIRED, 0);
         return 1;
     }
-    let most = (1 << MERIT_AGE_BITS) - 1;
-    let youth = most - if idle > most { most } else { idle };
-    let merit = ConnectionState::eviction_rank(tenant.state) << MERIT_AGE_BITS | youth;
+    let merit = merit(tenant.state, idle);
     if work.candidate == NO_PLACE || merit < work.candidate_merit {
         work.candidate = place;
         work.candidate_merit = merit;
@@ -118,22 +114,24 @@ fn is_free<F: Family>(place: u32) -> u32 {
     0
 }
 
-/// Removes the candidate's connection and gives its place.
+/// Removes the candidate's connection.
 #[inline(never)]
-fn evict<F: Family>() -> u32 {
+fn evict<F: Family>() {
     let Ok(work) = scratch::decision::<F>() else {
-        return NO_PLACE;
+        return;
     };
-    let place = work.candidate;
-    let Some(key) = F::ring().get(place) else {
-        return NO_PLACE;
+    let Some(key) = F::ring().get(work.candidate) else {
+        return;
     };
-    if let Some(tenant) = flows::look_at::<F>(key) {
-        flows::remove::<F>(&tenant.partner);
+    let Some(tenant) = flows::look_at::<F>(key) else {
+        return;
+    };
+    // It may be another's by now, or a former life of the connection that is entered, which is replaced as such.
+    if tenant.ring != work.candidate || tenant.partner == work.reply_key {
+        return;
     }
-    flows::remove::<F>(key);
+    flows::remove_both::<F>(key, &tenant);
     verdict::count(Hook::FromPod, outcome::FLOW_EVICTED, 0);
-    place
 }
 
 /// Enters the connection with the forward key `key` at its place.

@@ -10,7 +10,7 @@ use weir_common::{
     flow::{FlowEntry, FlowKey},
 };
 
-use crate::{decide::Decision, family::Family, maps, packet::Packet};
+use crate::{decide::Decision, family::Family, maps, nat_port::Search, packet::Packet};
 
 /// The slow path: what was decided, and both entries of the connection that is entered. Without a
 /// connection `forward` rewrites nothing.
@@ -24,10 +24,14 @@ pub struct Work<A> {
     pub reply: FlowEntry<A>,
     /// Key of `reply`.
     pub reply_key: FlowKey<A>,
+    /// 0: another processor has inserted an entry that is as good as `reply`.
+    pub reply_inserted: u32,
     /// Place in the flow ring that gives way if no free one is found.
     pub candidate: u32,
     /// What speaks for the connection that has it: the higher, the longer it stays.
     pub candidate_merit: u32,
+    /// A search for a source port.
+    pub search: Search,
 }
 
 /// The room of this processor as a `T`.

@@ -6,7 +6,8 @@ use weir_common::{
     ipcache::flag as address_flag,
     lookup::Lookup,
     service::{
-        Backend, BackendWord, FrontendKey, ServiceState, backend_state, flag, service_port_of_row,
+        Backend, BackendWord, FrontendKey, ServiceState, backend_state, flag, frontend,
+        service_port_of_row,
     },
 };
 
@@ -34,10 +35,10 @@ pub struct Chosen<A> {
 /// Looks at the set of endpoints when the first one seen has just been replaced.
 const ATTEMPTS: u32 = 2;
 
-/// The row of `SERVICE_STATE` that an address and port lead to, or [`NO_ROW`]. `flags` are those
-/// that the ipcache has for the address.
+/// What `FRONTENDS_*` has for an address and port: a row of `SERVICE_STATE` with the bits of [`frontend`], or
+/// [`NO_ROW`]. `flags` are those that the ipcache has for the address.
 #[inline(always)]
-pub fn find_row<F: Family>(
+pub fn find_frontend<F: Family>(
     address: F::Address,
     port: Port,
     protocol: u8,
@@ -56,11 +57,31 @@ pub fn find_row<F: Family>(
             return row;
         }
     }
-    if flags & address_flag::NODE_PORTS == 0 {
+    if flags & (address_flag::NODE_PORTS | address_flag::HOST_PORTS) == 0 {
         return NO_ROW;
     }
     key.address = F::Address::default();
-    row_of::<F>(&key)
+    let row = row_of::<F>(&key);
+    let needed = if row & frontend::NODE_PORT != 0 {
+        address_flag::NODE_PORTS
+    } else {
+        address_flag::HOST_PORTS
+    };
+    if flags & needed != 0 { row } else { NO_ROW }
+}
+
+/// Whether a frontend serves a client (`loadBalancerSourceRanges`). `client` is its address; that of the
+/// node is the one of its Node object, whatever source a packet of it has.
+#[inline(always)]
+pub fn check_source_range<F: Family>(found: u32, client: F::Address) -> Result<(), DropReason> {
+    if found & frontend::SOURCE_RANGES == 0 {
+        return Ok(());
+    }
+    if F::is_in_source_ranges(service_port_of_row(found), client) {
+        Ok(())
+    } else {
+        Err(DropReason::NotInSourceRange)
+    }
 }
 
 #[inline(always)]

@@ -19,7 +19,7 @@ use weir_common::{
     ipcache::flag as address_flag,
     metrics::{Hook, outcome},
     protocol,
-    service::{scope, service_port_of_row},
+    service::{frontend, scope, service_port_of_row},
     socket::Translation,
 };
 
@@ -117,7 +117,7 @@ fn refuse_node_port(ctx: &SockAddrContext, taken: impl Fn(Port, u8) -> bool) -> 
     if port.word() == 0 || client_of(ctx) != NODE {
         return ALLOW;
     }
-    if taken(port, protocol) {
+    if is_nat_port(port, protocol) || taken(port, protocol) {
         fail(EADDRINUSE)
     } else {
         ALLOW
@@ -128,8 +128,21 @@ fn refuse_node_port(ctx: &SockAddrContext, taken: impl Fn(Port, u8) -> bool) -> 
 #[inline(always)]
 fn is_node_port<F: Family>(port: Port, protocol: u8) -> bool {
     let any = F::Address::default();
-    service::find_row::<F>(any, port, protocol, scope::INSIDE, address_flag::NODE_PORTS)
+    service::find_frontend::<F>(any, port, protocol, scope::INSIDE, EVERY_ADDRESS)
         != service::NO_ROW
+}
+
+/// Ports that are served at every address of the node.
+const EVERY_ADDRESS: u8 = address_flag::NODE_PORTS | address_flag::HOST_PORTS;
+
+/// Whether a port belongs to the range for translated sources: replies to them are not the process's.
+#[inline(always)]
+fn is_nat_port(port: Port, protocol: u8) -> bool {
+    let Some(config) = maps::CONFIG.get(0) else {
+        return false;
+    };
+    let offset = port.get().wrapping_sub(config.nat_port_first);
+    matches!(protocol, protocol::TCP | protocol::UDP) && offset < config.nat_port_count
 }
 
 #[inline(always)]
@@ -209,7 +222,7 @@ fn choose<F: Family>(
         }
     }
     let flags = if loopback {
-        address_flag::NODE_PORTS | address_flag::FRONTENDS
+        EVERY_ADDRESS | address_flag::FRONTENDS
     } else if is_bound(ctx) {
         // The connection may need another port than the one it has: only tc can give it one.
         return NOT_TRANSLATED;
@@ -219,14 +232,26 @@ fn choose<F: Family>(
     if flags == 0 {
         return NOT_TRANSLATED;
     }
-    let row = service::find_row::<F>(address, port, protocol, scope::INSIDE, flags);
-    if row == service::NO_ROW {
+    let found = service::find_frontend::<F>(address, port, protocol, scope::INSIDE, flags);
+    if found == service::NO_ROW {
         return if flags & address_flag::REFUSE == 0 {
             NOT_TRANSLATED
         } else {
             DropReason::NoServicePort as u32
         };
     }
+    let address_of_client = if client == NODE {
+        match local::config() {
+            Ok(config) => F::node(config),
+            Err(reason) => return reason as u32,
+        }
+    } else {
+        F::Address::from_shared(source)
+    };
+    if let Err(reason) = service::check_source_range::<F>(found, address_of_client) {
+        return reason as u32;
+    }
+    let row = found & frontend::ROW_MASK;
     // SAFETY: no preconditions.
     let hash = unsafe { bpf_get_prandom_u32() };
     match service::choose::<F>(row, hash, &source) {

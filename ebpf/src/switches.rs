@@ -16,6 +16,14 @@ static COUNT_LOOKUPS: Global<u8> = Global::new(0);
 #[unsafe(no_mangle)]
 static CSUM_IPV6_FLAG: Global<u64> = Global::new(0);
 
+/// `BPF_FIB_LOOKUP_SRC` where `bpf_fib_lookup` knows it (kernel 6.7), else 0.
+#[unsafe(no_mangle)]
+static FIB_SOURCE_FLAG: Global<u32> = Global::new(0);
+
+/// `BPF_FIB_LOOKUP_SKIP_NEIGH` where `bpf_fib_lookup` knows it (kernel 6.3), else 0.
+#[unsafe(no_mangle)]
+static FIB_NEIGHBOUR_FLAG: Global<u32> = Global::new(0);
+
 /// See [`MARK_SHIFT`].
 #[inline(always)]
 pub fn mark_shift() -> u32 {
@@ -32,4 +40,16 @@ pub fn count_lookups() -> bool {
 #[inline(always)]
 pub fn csum_ipv6_flag() -> u64 {
     CSUM_IPV6_FLAG.load()
+}
+
+/// See [`FIB_SOURCE_FLAG`].
+#[inline(always)]
+pub fn fib_source_flag() -> u32 {
+    FIB_SOURCE_FLAG.load()
+}
+
+/// See [`FIB_NEIGHBOUR_FLAG`].
+#[inline(always)]
+pub fn fib_neighbour_flag() -> u32 {
+    FIB_NEIGHBOUR_FLAG.load()
 }

@@ -50,6 +50,12 @@ impl Verdict {
         Self::forwarded(outcome::REMOTE, action)
     }
 
+    /// Redirected to the outside.
+    #[inline(always)]
+    pub const fn routed(action: i32) -> Self {
+        Self::forwarded(outcome::ROUTED, action)
+    }
+
     /// Redirected to be put together with the others of its datagram, or back from there.
     #[inline(always)]
     pub const fn defragmented(action: i32) -> Self {
@@ -80,6 +86,17 @@ impl Verdict {
             Ok(verdict) => verdict,
             Err(reason) => Self(reason as u32),
         }
+    }
+
+    /// A verdict from a result, drops included, of which the compiler forgets how it came about: else it keeps the
+    /// verdict of the paths that have none, undefined, on the stack.
+    #[inline(always)]
+    pub fn settled(result: Result<Self, DropReason>) -> Result<Self, DropReason> {
+        let word = match result {
+            Ok(verdict) => access::forget_bounds(verdict.word()),
+            Err(reason) => access::forget_bounds(reason as u32),
+        };
+        Ok(Self(word))
     }
 
     /// As a word.

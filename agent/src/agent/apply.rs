@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Agent, Phase, Row};
+use super::{Agent, Phase, Row, strangers::Strangers};
 use crate::{
     datapath::{Hop, HopRef},
     endpoint::EndpointState,
@@ -17,12 +17,16 @@ use crate::{
 
 /// How long rows are worked off before other work gets its turn.
 const SLICE: Duration = Duration::from_millis(5);
+/// Pods whose programs are replaced before connections are carried over again.
+const PODS_AT_ONCE: u32 = 16;
+/// Ticks after which connections are no longer carried over, though some program could not be replaced.
+const CARRYING_TICKS: u32 = 60;
 
 impl Agent {
     /// The row has changed, or is to be tried again.
     pub(super) fn mark(&mut self, row: Row) {
         let phase = self.phase(&row);
-        self.rows.mark(row, phase);
+        self.rows.mark(row, phase, Instant::now());
     }
 
     fn phase(&self, row: &Row) -> Phase {
@@ -30,9 +34,11 @@ impl Agent {
         match row {
             Row::Network => Phase::Look,
             Row::Config | Row::Host | Row::Defrag => Phase::Found,
-            Row::Sockets | Row::ServiceRoutes => Phase::Clear,
+            Row::Sockets | Row::ServiceRoutes | Row::LocalPorts => Phase::Clear,
             Row::Device(ifindex) => {
-                let wanted = self.plan.devices.contains_key(ifindex);
+                // What pods send by a device that is not known is dropped: a new one is not to wait.
+                let wanted = self.plan.devices.contains_key(ifindex)
+                    || !self.datapath.is_device_attached(*ifindex);
                 either(wanted, Phase::Found, Phase::Clear)
             }
             Row::Hop(node, family) => {
@@ -100,6 +106,7 @@ impl Agent {
                 Ok(())
             }
             Row::Service(key) => {
+                self.note_local_ports(key);
                 let desired = self.model.service(key);
                 let applied = self.datapath.apply_service(key, desired)?;
                 if desired.is_some() {
@@ -108,6 +115,10 @@ impl Agent {
                     self.applied.remove(&**key);
                 }
                 self.note_service_addresses();
+                Ok(())
+            }
+            Row::LocalPorts => {
+                self.reserve_local_ports();
                 Ok(())
             }
             Row::Refusals => Ok(self.datapath.refuse()?),
@@ -124,10 +135,19 @@ impl Agent {
         let changes = plan.changes_since(&self.plan);
         let failing = plan.failing;
         let before = std::mem::replace(&mut self.plan, plan);
-        self.plan_is_complete |= synced;
+        self.plan_is_made = true;
+        let was_complete = std::mem::replace(&mut self.plan_is_complete, synced);
+        self.plan_is_complete |= was_complete;
         self.adopt_plan(&before);
-        let devices = changes.attach.into_keys().chain(changes.detach.into_keys());
-        for ifindex in devices.collect::<BTreeSet<_>>() {
+        let mut devices: BTreeSet<u32> = changes.sources.into_keys().collect();
+        devices.extend(changes.attach.into_keys().chain(changes.detach.into_keys()));
+        if self.plan_is_complete && !was_complete {
+            // Those that are left to others, which could not be told before, and those that have gone while no
+            // agent ran.
+            devices.extend(self.plan.sources.keys());
+            devices.extend(self.datapath.devices().devices());
+        }
+        for ifindex in devices {
             self.mark(Row::Device(ifindex));
         }
         for (node, family) in changes.hops.into_keys() {
@@ -143,8 +163,10 @@ impl Agent {
         Ok(())
     }
 
-    /// What a plan says besides rows: pod ranges, MTU, switches.
+    /// What a plan says besides rows: addresses, pod ranges, MTU, switches.
     fn adopt_plan(&mut self, before: &NodePlan) {
+        self.datapath
+            .set_node_addresses(self.plan.addresses.clone());
         if self.plan.mtu != 0 {
             self.endpoints.set_mtu(self.plan.mtu);
         }
@@ -192,12 +214,14 @@ impl Agent {
     }
 
     fn apply_device(&mut self, ifindex: u32) -> anyhow::Result<()> {
+        let sources = self.plan.sources.get(&ifindex).copied();
         if let Some(name) = self.plan.devices.get(&ifindex) {
             if !self.late.waiting {
-                self.datapath.attach_device(ifindex, name)?;
+                self.datapath
+                    .attach_device(ifindex, name, sources.unwrap_or_default())?;
             }
-        } else {
-            self.datapath.detach(ifindex)?;
+        } else if sources.is_none() || self.plan_is_complete {
+            self.datapath.leave_device(ifindex, sources)?;
         }
         Ok(())
     }
@@ -211,6 +235,7 @@ impl Agent {
             ifindex: hop.ifindex,
             gateway: hop.gateway,
             mtu: hop.mtu,
+            source: hop.source,
         });
         let of_node = node::HopRef::Node(node.to_owned(), family);
         let prefixes: Vec<_> = self
@@ -265,6 +290,7 @@ impl Agent {
         let attachments = self.datapath.sweep_attachments(&devices)?.len();
         let routes = pod::sweep(&self.netlink, &addresses).await?.len();
         self.swept = true;
+        self.look_for_strangers();
         give_memory_back();
         tracing::info!(
             services = pruned.services,
@@ -278,6 +304,22 @@ impl Agent {
         Ok(())
     }
 
+    /// Once there is time.
+    fn look_for_strangers(&mut self) {
+        if self.strangers.is_some() {
+            return;
+        }
+        let bpf_root = &self.settings.bpf_root;
+        let places = weir_strangers::Places {
+            bpffs: bpf_root.parent().unwrap_or(bpf_root).to_owned(),
+            cni: self.settings.cni_conf_dir.clone(),
+        };
+        match Strangers::start(places) {
+            Ok(strangers) => self.strangers = Some(strangers),
+            Err(error) => tracing::warn!(%error, "cannot look for what others have on this node"),
+        }
+    }
+
     /// The new maps hold everything: now the programs of an earlier agent give way.
     fn attach_late(&mut self) -> anyhow::Result<()> {
         if std::mem::take(&mut self.late.host) {
@@ -287,16 +329,53 @@ impl Agent {
         if !self.late.waiting {
             return Ok(());
         }
+        let mut failed = Vec::new();
         for (ifindex, name) in &self.plan.devices {
-            self.datapath.attach_device(*ifindex, name)?;
+            let sources = self.plan.sources.get(ifindex).copied().unwrap_or_default();
+            // One device that refuses its programs is a problem of its own: the rest goes on.
+            if self
+                .datapath
+                .attach_device(*ifindex, name, sources)
+                .is_err()
+            {
+                failed.push(*ifindex);
+            }
         }
+        self.datapath.carry_over()?;
+        let mut replaced = 0u32;
         while let Some((ifindex, name)) = self.late.pods.first_key_value() {
             self.datapath.attach_endpoint(*ifindex, name)?;
             self.late.pods.pop_first();
+            replaced += 1;
+            if replaced.is_multiple_of(PODS_AT_ONCE) {
+                self.datapath.carry_over()?;
+            }
         }
+        self.datapath.carry_over()?;
         self.late.waiting = false;
+        self.late.carrying = CARRYING_TICKS;
+        for ifindex in failed {
+            self.mark(Row::Device(ifindex));
+        }
         self.mark(Row::Defrag);
         Ok(())
+    }
+}
+
+impl Agent {
+    /// Connections that programs of an earlier agent have entered in tables made anew since, until the last of those
+    /// programs is replaced.
+    pub(super) fn carry_over(&mut self) {
+        if self.late.waiting || !self.datapath.is_carrying_over() {
+            return;
+        }
+        if let Err(error) = self.datapath.carry_over() {
+            tracing::warn!(%error, "cannot carry over connections of an earlier agent");
+        }
+        self.late.carrying = self.late.carrying.saturating_sub(1);
+        if self.late.carrying == 0 || !self.rows.is_attaching() {
+            self.datapath.end_carrying_over();
+        }
     }
 }
 

@@ -11,8 +11,8 @@ use super::start::datapath_options;
 use crate::{
     datapath::{Datapath, expedite::Expedite},
     netlink::{
-        Change, Link, Netlink, NetlinkError, RouteTarget, defrag_device, host_device,
-        sysctl::Sysctls,
+        Change, Link, Netlink, NetlinkError, RouteTarget, SERVICE_TABLE, defrag_device,
+        host_device, sysctl::Sysctls,
     },
     objects::Family,
     settings::Settings,
@@ -96,7 +96,9 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
             failures.extend(netlink.apply(changes).await);
             let removed = routes.len().saturating_sub(failures.len());
             if removed > 0 {
-                tell(&format!("removed {removed} routes"));
+                tell(&format!(
+                    "removed {removed} routes with their neighbours, and the rules of table {SERVICE_TABLE}"
+                ));
             }
             errors.extend(failures.iter().map(ToString::to_string));
         }
@@ -115,9 +117,24 @@ pub async fn cleanup(settings: &Settings, mut tell: impl FnMut(&str)) -> anyhow:
     errors.extend(remove_devices(&netlink, links, &mut tell).await);
     // Takes back what an agent that was killed has left on.
     let _ = Expedite::new(false);
-    let switches = Sysctls::open(&settings.run_dir).restore();
-    errors.extend(switches.iter().map(ToString::to_string));
+    let mut sysctls = Sysctls::open(&settings.run_dir);
+    let switches = sysctls.changed().join(", ");
+    let failed = sysctls.restore();
+    if !switches.is_empty() && failed.is_empty() {
+        tell(&format!("put back the sysctls {switches}"));
+    }
+    errors.extend(failed.iter().map(ToString::to_string));
+    let had_state = DIRECTORIES.iter().chain(&FILES[..FILES.len() - 1]);
+    let had_state = had_state
+        .map(|name| settings.run_dir.join(name))
+        .any(|path| path.exists());
     let failed = clear_run_dir(&settings.run_dir);
+    if had_state && failed.is_empty() {
+        let run_dir = settings.run_dir.display();
+        tell(&format!(
+            "removed the state of endpoints and addresses in {run_dir}"
+        ));
+    }
     errors.extend(failed.iter().map(ToString::to_string));
     for directory in [&settings.run_dir, &settings.bpf_root] {
         if let Some(left) = left_in(directory) {

@@ -19,7 +19,7 @@ impl Agent {
         // A caller that is gone needs no answer.
         match command {
             Command::Allocate(request, reply) => drop(reply.send(self.allocate(request).await)),
-            Command::Commit(request, reply) => drop(reply.send(self.commit(request).await)),
+            Command::Commit(request, reply) => self.commit_or_wait(request, reply).await,
             Command::Release(request, reply) => drop(reply.send(self.release(request).await)),
             Command::Status(reply) => drop(reply.send(self.status())),
             Command::ListServices(request, reply) => {
@@ -50,7 +50,10 @@ impl Agent {
         Ok((&spec).into())
     }
 
-    async fn commit(&mut self, request: v1::CommitRequest) -> Result<v1::CommitResponse, Status> {
+    pub(super) async fn commit(
+        &mut self,
+        request: v1::CommitRequest,
+    ) -> Result<v1::CommitResponse, Status> {
         let key = EndpointKey::new(request.container_id, request.ifname);
         let (endpoints, mut wiring) = self.endpoints_and_wiring();
         endpoints
@@ -72,6 +75,8 @@ impl Agent {
         &mut self,
         request: v1::ReleaseRequest,
     ) -> Result<v1::ReleaseResponse, Status> {
+        self.waiting_commits
+            .release(&request.container_id, &request.ifname);
         let (endpoints, mut wiring) = self.endpoints_and_wiring();
         let released = endpoints
             .release(

@@ -9,7 +9,11 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::{endpoint::EndpointKey, model::ServicePortKey, objects::Family};
+use crate::{
+    endpoint::EndpointKey,
+    model::ServicePortKey,
+    objects::{Family, ObjectName},
+};
 
 /// Wait after the first failure of a row; it doubles with each further one.
 pub const FIRST_WAIT: Duration = Duration::from_millis(100);
@@ -44,8 +48,23 @@ pub enum Row {
     Prefix(IpNet),
     /// A Service port.
     Service(Box<ServicePortKey>),
+    /// Ports of the node that its own connections must not get by themselves.
+    LocalPorts,
     /// Removal of what nobody asks for any more; once, after everything else.
     Sweep,
+}
+
+impl Row {
+    /// Whether the whole data path suffers when it fails, not one Service, node, pod or network beside: the row of
+    /// `CONFIG`, and that the programs are attached where the node is reached and reaches others, which is by the devices
+    /// `leading`.
+    fn carries_everything(&self, leading: &BTreeSet<u32>) -> bool {
+        match self {
+            Self::Config | Self::Host | Self::Sockets => true,
+            Self::Device(ifindex) => leading.contains(ifindex),
+            _ => false,
+        }
+    }
 }
 
 impl fmt::Display for Row {
@@ -73,6 +92,7 @@ impl fmt::Display for Row {
                 let (protocol, family) = (protocol.name(), family.name());
                 write!(f, "{owner} port {port}/{protocol} ({family})")
             }
+            Self::LocalPorts => f.write_str("ports kept from the node's own connections"),
             Self::Sweep => f.write_str("removal of leftovers"),
         }
     }
@@ -85,6 +105,8 @@ pub struct Failure {
     pub error: String,
     /// Attempts so far.
     pub attempts: u32,
+    /// The first failure.
+    pub since: Instant,
     /// Next attempt.
     pub due: Instant,
 }
@@ -113,16 +135,20 @@ pub enum Phase {
 #[derive(Debug, Default)]
 pub struct Rows {
     waiting: BTreeSet<(Phase, Row)>,
-    phases: BTreeMap<Row, Phase>,
+    /// With the time since when they wait.
+    phases: BTreeMap<Row, (Phase, Instant)>,
     failed: BTreeMap<Row, Failure>,
 }
 
 impl Rows {
     /// The row has changed: its turn comes, also if it failed before.
-    pub fn mark(&mut self, row: Row, phase: Phase) {
-        if let Some(before) = self.phases.insert(row.clone(), phase) {
+    pub fn mark(&mut self, row: Row, phase: Phase, now: Instant) {
+        let known = self.phases.get(&row).copied();
+        let since = known.map_or(now, |(_, since)| since);
+        if let Some((before, _)) = known {
             self.waiting.remove(&(before, row.clone()));
         }
+        self.phases.insert(row.clone(), (phase, since));
         self.waiting.insert((phase, row));
     }
 
@@ -138,6 +164,45 @@ impl Rows {
         !self.waiting.is_empty()
     }
 
+    /// Since when the oldest row waits for its turn. One that failed waits only once its time has come
+    /// again: what it waits for is not the loop.
+    pub fn waiting_since(&self) -> Option<Instant> {
+        self.phases.values().map(|(_, since)| *since).min()
+    }
+
+    /// Whether some row waits, or failed, that attaches programs.
+    pub fn is_attaching(&self) -> bool {
+        let known = self.phases.keys().chain(self.failed.keys());
+        known.into_iter().any(|row| {
+            matches!(
+                row,
+                Row::Host | Row::Sockets | Row::Defrag | Row::Device(_) | Row::Sweep
+            )
+        })
+    }
+
+    /// Since when the oldest row fails without which nothing is served as it should be. `leading` are the interface indices of
+    /// the devices by which the node is reached, or reaches others.
+    pub fn broken_since(&self, leading: &BTreeSet<u32>) -> Option<Instant> {
+        let failed = self.failed.iter();
+        let carrying = failed.filter(|(row, _)| row.carries_everything(leading));
+        carrying.map(|(_, failure)| failure.since).min()
+    }
+
+    /// Services with rows that fail, and since when the oldest of each does.
+    pub fn failing_services(&self) -> BTreeMap<ObjectName, Instant> {
+        let mut services = BTreeMap::new();
+        for (row, failure) in &self.failed {
+            if let Row::Service(key) = row
+                && let Some(name) = key.owner.service()
+            {
+                let since = services.entry(name.clone()).or_insert(failure.since);
+                *since = failure.since.min(*since);
+            }
+        }
+        services
+    }
+
     /// Whether everything is as it should be.
     pub fn is_clean(&self) -> bool {
         self.waiting.is_empty() && self.failed.is_empty()
@@ -150,11 +215,14 @@ impl Rows {
 
     /// The row failed; gives the number of attempts so far.
     pub fn fail(&mut self, row: Row, error: String, now: Instant) -> u32 {
-        let attempts = self.failed.get(&row).map_or(0, |f| f.attempts) + 1;
+        let before = self.failed.get(&row);
+        let attempts = before.map_or(0, |f| f.attempts) + 1;
+        let since = before.map_or(now, |f| f.since);
         let doubled = FIRST_WAIT.saturating_mul(1 << (attempts - 1).min(16));
         let failure = Failure {
             error,
             attempts,
+            since,
             due: now + doubled.min(LONGEST_WAIT),
         };
         self.failed.insert(row, failure);
@@ -195,6 +263,7 @@ impl Rows {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::objects::Protocol;
 
     fn hop(node: &str) -> Row {
         Row::Hop(node.to_owned(), Family::V6)
@@ -203,12 +272,13 @@ mod tests {
     #[test]
     fn rows_come_in_the_order_of_their_phases_and_once() {
         let mut rows = Rows::default();
-        rows.mark(Row::Sweep, Phase::Sweep);
-        rows.mark(hop("a"), Phase::Clear);
-        rows.mark(hop("a"), Phase::Hops);
-        rows.mark(Row::Prefix("fd00::/64".parse().unwrap()), Phase::Add);
-        rows.mark(Row::Network, Phase::Look);
-        rows.mark(Row::Network, Phase::Look);
+        let now = Instant::now();
+        rows.mark(Row::Sweep, Phase::Sweep, now);
+        rows.mark(hop("a"), Phase::Clear, now);
+        rows.mark(hop("a"), Phase::Hops, now);
+        rows.mark(Row::Prefix("fd00::/64".parse().unwrap()), Phase::Add, now);
+        rows.mark(Row::Network, Phase::Look, now);
+        rows.mark(Row::Network, Phase::Look, now);
         let mut order = Vec::new();
         while let Some(row) = rows.take() {
             order.push(row.to_string());
@@ -249,9 +319,113 @@ mod tests {
         let mut rows = Rows::default();
         let now = Instant::now();
         rows.fail(hop("a"), "full".to_owned(), now);
-        rows.mark(hop("a"), Phase::Hops);
+        rows.mark(hop("a"), Phase::Hops, now);
         assert_eq!(rows.next_due(), None);
         assert_eq!(rows.take(), Some(hop("a")));
         assert!(rows.next_due().is_some());
+    }
+
+    #[test]
+    fn a_row_waits_from_its_mark_until_its_turn() {
+        let mut rows = Rows::default();
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(rows.waiting_since(), None);
+        rows.mark(hop("a"), Phase::Hops, at(1));
+        rows.mark(hop("a"), Phase::Clear, at(2));
+        rows.mark(hop("b"), Phase::Hops, at(3));
+        assert_eq!(
+            rows.waiting_since(),
+            Some(at(1)),
+            "a change makes it no younger"
+        );
+        assert_eq!(rows.take(), Some(hop("b")));
+        assert_eq!(rows.take(), Some(hop("a")));
+        assert_eq!(rows.waiting_since(), None);
+        // One that fails waits for nothing but its next attempt.
+        rows.fail(hop("a"), "full".to_owned(), at(4));
+        assert_eq!(rows.waiting_since(), None);
+        rows.mark(hop("a"), Phase::Hops, at(5));
+        assert_eq!(rows.waiting_since(), Some(at(5)));
+    }
+
+    fn service(name: &str, port: u16) -> Row {
+        Row::Service(Box::new(ServicePortKey {
+            owner: ObjectName::new("ns", name).into(),
+            port_name: String::new(),
+            protocol: Protocol::Tcp,
+            family: Family::V4,
+            port,
+        }))
+    }
+
+    #[test]
+    fn the_data_path_is_broken_only_by_what_carries_everything() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let leading = BTreeSet::from([7, 8]);
+        let fails = |row: Row| {
+            let mut rows = Rows::default();
+            rows.fail(row.clone(), "full".to_owned(), at(1));
+            rows.mark(row.clone(), Phase::Add, at(2));
+            rows.take();
+            rows.fail(row, "full".to_owned(), at(3));
+            rows.broken_since(&leading)
+        };
+        for row in [Row::Config, Row::Host, Row::Sockets, Row::Device(7)] {
+            assert_eq!(fails(row.clone()), Some(at(1)), "{row}");
+        }
+        let prefix = Row::Prefix("fd00::/64".parse().unwrap());
+        for row in [
+            service("a", 80),
+            hop("a"),
+            prefix,
+            Row::ServiceRoutes,
+            Row::Network,
+            // A bridge of a container engine, or a tunnel.
+            Row::Device(9),
+        ] {
+            assert_eq!(fails(row.clone()), None, "{row}");
+        }
+        let mut rows = Rows::default();
+        rows.fail(Row::Config, "full".to_owned(), at(1));
+        rows.succeeded(&Row::Config);
+        assert_eq!(rows.broken_since(&leading), None);
+    }
+
+    #[test]
+    fn programs_are_being_attached_until_their_rows_have_succeeded() {
+        let mut rows = Rows::default();
+        let now = Instant::now();
+        rows.mark(hop("a"), Phase::Hops, now);
+        assert!(!rows.is_attaching());
+        rows.mark(Row::Defrag, Phase::Found, now);
+        assert!(rows.is_attaching());
+        assert_eq!(rows.take(), Some(Row::Defrag));
+        assert!(!rows.is_attaching());
+        rows.fail(Row::Sockets, "no cgroup".to_owned(), now);
+        assert!(rows.is_attaching());
+        rows.succeeded(&Row::Sockets);
+        assert!(!rows.is_attaching());
+    }
+
+    #[test]
+    fn a_service_fails_from_the_first_failure_of_its_rows() {
+        let mut rows = Rows::default();
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        rows.fail(service("a", 80), "full".to_owned(), at(2));
+        rows.fail(service("a", 81), "full".to_owned(), at(1));
+        rows.fail(service("a", 80), "full".to_owned(), at(3));
+        rows.fail(Row::Config, "full".to_owned(), at(1));
+        let a = ObjectName::new("ns", "a");
+        assert_eq!(
+            rows.failing_services(),
+            BTreeMap::from([(a.clone(), at(1))])
+        );
+        rows.succeeded(&service("a", 81));
+        assert_eq!(rows.failing_services(), BTreeMap::from([(a, at(2))]));
+        rows.succeeded(&service("a", 80));
+        assert!(rows.failing_services().is_empty());
     }
 }

@@ -27,6 +27,7 @@ impl Agent {
             model: &self.model,
             rows: &self.rows,
             applied: &self.applied,
+            errors: &self.source_state.errors,
         };
         let services = account.list(request)?;
         Ok(v1::ListServicesResponse { services })
@@ -38,9 +39,11 @@ struct Account<'a> {
     model: &'a Model,
     rows: &'a Rows,
     applied: &'a HashMap<ServicePortKey, AppliedService>,
+    /// What is wrong with the source's objects, whose names stand in the text.
+    errors: &'a [String],
 }
 
-impl Account<'_> {
+impl<'a> Account<'a> {
     /// All Services and host ports, or those of one name.
     ///
     /// # Errors
@@ -82,6 +85,11 @@ impl Account<'_> {
     /// A Service without a port that is served, with the reason.
     fn not_served(&self, name: &ObjectName) -> Result<v1::ServicePort, Status> {
         let Some(reason) = self.model.why_not_served(name) else {
+            if let Some(error) = self.errors_of(name).next() {
+                return Err(Status::failed_precondition(format!(
+                    "Service {name} is not served: it was refused, and there is no earlier version of it. {error}"
+                )));
+            }
             return Err(Status::not_found(format!(
                 "the source has no Service {name}, and no pod {name} of this node has a host port; \
                  see `weir service list`"
@@ -93,9 +101,24 @@ impl Account<'_> {
         })
     }
 
+    /// What the source says against an object of the name.
+    fn errors_of(&self, name: &ObjectName) -> impl Iterator<Item = &'a String> {
+        let about = format!("Service {name}: ");
+        let errors = self.errors.iter();
+        errors.filter(move |error| error.contains(&about))
+    }
+
     /// What is known of an owner without its ports.
     fn about(&self, owner: &Owner) -> v1::ServicePort {
         let problems = self.model.problems_of(owner).iter();
+        let problems = problems.map(|problem| problem.text.clone());
+        let refused = match owner {
+            Owner::Service(name) => Some(self.errors_of(name)),
+            Owner::HostPort(_) => None,
+        };
+        let refused = refused.into_iter().flatten().map(|error| {
+            format!("its newest version is refused, and an earlier one is served: {error}")
+        });
         v1::ServicePort {
             namespace: owner.name().namespace.clone(),
             name: owner.name().name.clone(),
@@ -103,7 +126,7 @@ impl Account<'_> {
                 Owner::Service(_) => "Service".to_owned(),
                 Owner::HostPort(_) => "HostPort".to_owned(),
             },
-            problems: problems.map(|problem| problem.text.clone()).collect(),
+            problems: problems.chain(refused).collect(),
             ..v1::ServicePort::default()
         }
     }
@@ -141,6 +164,13 @@ impl Account<'_> {
             local_slots: applied.map_or(0, |applied| applied.local_slots),
             status,
             affinity_seconds: port.affinity.unwrap_or_default(),
+            restricted: port.source_ranges.is_some(),
+            source_ranges: port
+                .source_ranges
+                .iter()
+                .flatten()
+                .map(ToString::to_string)
+                .collect(),
             ..self.about(&key.owner)
         }
     }
@@ -190,7 +220,11 @@ mod tests {
     fn list(text: &str, name: &str) -> Result<Vec<v1::ServicePort>, Status> {
         let mut model = Model::default();
         let manifest = yaml::parse(text, Format::Yaml);
-        assert_eq!(manifest.errors, []);
+        let errors: Vec<String> = manifest
+            .errors
+            .iter()
+            .map(|error| error.cause.clone())
+            .collect();
         let objects = manifest.objects.into_iter().map(|o| o.object);
         for object in objects.collect::<Vec<Object>>() {
             model.apply(Change::Upsert(object));
@@ -200,6 +234,7 @@ mod tests {
             model: &model,
             rows: &Rows::default(),
             applied: &HashMap::new(),
+            errors: &errors,
         };
         account.list(&v1::ListServicesRequest {
             namespace: "default".to_owned(),
@@ -285,5 +320,26 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2], conditions: {ready:
         let error = list(SERVICES, "e").unwrap_err();
         assert_eq!(error.code(), tonic::Code::NotFound);
         assert!(error.message().contains("default/e"), "{error}");
+    }
+
+    #[test]
+    fn one_that_was_refused_shows_the_mistake() {
+        const MISTAKE: &str = "{apiVersion: v1, kind: Service, metadata: {name: b}, spec: {clusterIP: 10.96.0, ports: [{port: 80}]}}";
+        let error = list(MISTAKE, "b").unwrap_err();
+        assert_eq!(error.code(), tonic::Code::FailedPrecondition);
+        assert!(error.message().contains("10.96.0"), "{error}");
+        let error = list(MISTAKE, "bb").unwrap_err();
+        assert_eq!(error.code(), tonic::Code::NotFound, "of another name");
+        // An earlier version is served.
+        let both = format!("{SERVICES}---\n{MISTAKE}\n");
+        let found = list(&both, "b").unwrap();
+        assert!(
+            found[0]
+                .problems
+                .iter()
+                .any(|p| p.contains("newest version is refused") && p.contains("10.96.0")),
+            "{found:?}"
+        );
+        assert!(list(&both, "a").unwrap()[0].problems.is_empty());
     }
 }

@@ -212,6 +212,8 @@ impl Agent {
             );
             self.notes.orphans.insert(link.ifindex, problem);
         }
+        self.reserve_local_ports();
+        self.notes.start.extend(self.settings.nat_ports.problem());
         let ranges: Vec<IpNet> = self.endpoints.pod_ranges().collect();
         if !ranges.is_empty() {
             self.config.pod_ranges = ranges;

@@ -1,6 +1,6 @@
 //! The agent's account of itself, for `weir status` and the lists.
 
-use std::{fs, net::IpAddr, time::Instant};
+use std::{collections::HashSet, fs, net::IpAddr, time::Instant};
 
 use ipnet::IpNet;
 use tonic::Status;
@@ -10,7 +10,7 @@ use weir_common::{
     metrics::{Hook, outcome},
 };
 
-use super::Agent;
+use super::{Agent, nat_ports, strangers::Strangers};
 use crate::{
     datapath::{AttachMode, Attachment},
     endpoint::EndpointState,
@@ -25,6 +25,8 @@ impl Agent {
         };
         let counters = self.datapath.counters().all();
         let counters = counters.map_err(|error| internal("the packet counters", &error))?;
+        let nat_ports = self.nat_ports();
+        let nat_ports = nat_ports.map_err(|error| internal("the packet counters", &error))?;
         // Without them the rest is worth as much; the problem stands among the others.
         let attachments = self.datapath.attachments().unwrap_or_default();
         let usage = self.endpoints.usage();
@@ -72,12 +74,14 @@ impl Agent {
             pod_cidrs: self.plan.pod_cidrs.iter().map(IpNet::to_string).collect(),
             addresses_used: usage.addresses_used,
             addresses_resting: usage.addresses_resting,
-            problems: self.problems(),
+            problems: self.problems(&nat_ports),
             bpf_root: self.settings.bpf_root.display().to_string(),
             resident_bytes: resident_bytes(),
             failing: number(self.rows.failed().len()),
             mtu: self.plan.mtu,
             attach_mode: self.datapath.attach_mode().name().to_owned(),
+            nat_ports: Some(nat_ports),
+            strangers: self.strangers.as_ref().and_then(Strangers::found),
             ended_sockets: self.settings.end_sockets_of_gone_endpoints.then_some(
                 v1::EndedSockets {
                     ended: self.gone.ended,
@@ -127,7 +131,7 @@ impl Agent {
     }
 
     /// Everything that is wrong now.
-    fn problems(&self) -> Vec<String> {
+    fn problems(&self, nat_ports: &v1::NatPorts) -> Vec<String> {
         let mut problems = Vec::new();
         if self.source_state.synced && self.model.node(&self.settings.node_name).is_none() {
             problems.push(format!(
@@ -175,8 +179,18 @@ impl Agent {
             let source_has_errors = !self.source_state.errors.is_empty();
             problems.extend(self.gone.problems(source_has_errors));
         }
+        problems.extend(nat_ports::problem(
+            self.settings.nat_ports,
+            nat_ports.exhausted_in_last_minute,
+        ));
+        problems.extend(self.local_ports.problems(self.settings.nat_ports));
+        problems.extend(self.hidden_checks());
         problems.extend(self.defrag.problem());
+        problems.extend(self.health.problems());
         problems.extend(sysctl::strict_rp_filter());
+        // One cause may be met in several places.
+        let mut known = HashSet::new();
+        problems.retain(|problem| known.insert(problem.clone()));
         problems
     }
 

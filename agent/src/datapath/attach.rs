@@ -9,6 +9,7 @@ use std::{
     collections::BTreeSet,
     error::Error,
     fs, io, mem,
+    os::{fd::AsRawFd as _, unix::net::UnixDatagram},
     path::{Path, PathBuf},
 };
 
@@ -274,6 +275,43 @@ fn device_name(ifindex: u32) -> Option<String> {
     // nix takes the null pointer for success and gives an empty name.
     let name = name.to_string_lossy().into_owned();
     (!name.is_empty()).then_some(name)
+}
+
+/// Whether packets at a device have an Ethernet header; otherwise they begin with the network header, by the
+/// same list as the kernel's (`dev_is_mac_header_xmit`, include/linux/if_arp.h).
+///
+/// # Errors
+///
+/// The device is gone, or the kernel's.
+pub(super) fn has_link_layer(device: &str) -> io::Result<bool> {
+    /// <linux/if_arp.h>.
+    const ARPHRD_IP6GRE: u16 = 823;
+    const ARPHRD_RAWIP: u16 = 519;
+    const WITHOUT: [u16; 9] = [
+        libc::ARPHRD_TUNNEL,
+        libc::ARPHRD_TUNNEL6,
+        libc::ARPHRD_SIT,
+        libc::ARPHRD_IPGRE,
+        ARPHRD_IP6GRE,
+        libc::ARPHRD_VOID,
+        libc::ARPHRD_NONE,
+        ARPHRD_RAWIP,
+        libc::ARPHRD_PPP,
+    ];
+    let socket = UnixDatagram::unbound()?;
+    // SAFETY: all zeros is a request without a name.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(device.bytes()) {
+        *to = from as libc::c_char;
+    }
+    // SAFETY: the request has a name that ends with a zero byte, and room for the answer.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: written by the call.
+    let kind = unsafe { request.ifr_ifru.ifru_hwaddr.sa_family };
+    Ok(!WITHOUT.contains(&kind))
 }
 
 fn attach_type(hook: Hook) -> TcAttachType {

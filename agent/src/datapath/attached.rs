@@ -6,7 +6,10 @@ use std::{collections::BTreeSet, os::fd::OwnedFd, path::Path};
 
 use weir_common::metrics::Hook;
 
-use super::{AttachMode, Attachment, Datapath, DatapathError, defrag, loader, sockets};
+use super::{
+    AttachMode, Attachment, Datapath, DatapathError, DeviceTable, attach, defrag, loader, sockets,
+};
+use crate::node::devices::SourceAddresses;
 
 impl Datapath {
     /// How programs are attached on this kernel.
@@ -27,15 +30,63 @@ impl Datapath {
         self.attach(Hook::FromPod, ifindex, device)
     }
 
-    /// Attaches `from_netdev` and `to_netdev` to a device of the node, or replaces what is there.
+    /// Attaches `from_netdev` and `to_netdev` to a device of the node, or replaces what is there, and then
+    /// has pods send to the outside by it, from `sources`. Until then what they send by it is dropped.
     ///
     /// # Errors
     ///
-    /// The device is gone or not the one meant, or the kernel's.
-    pub fn attach_device(&mut self, ifindex: u32, device: &str) -> Result<(), DatapathError> {
+    /// The device is gone or not the one meant, the table of devices is full, or the kernel's.
+    pub fn attach_device(
+        &mut self,
+        ifindex: u32,
+        device: &str,
+        sources: SourceAddresses,
+    ) -> Result<(), DatapathError> {
         let _held = self.expedite.hold();
-        self.attach(Hook::ToNetdev, ifindex, device)?;
-        self.attach(Hook::FromNetdev, ifindex, device)
+        if !self.devices.is_attached(ifindex) {
+            self.devices.remove(ifindex)?;
+        }
+        let has_link_layer =
+            attach::has_link_layer(device).map_err(|source| DatapathError::Attach {
+                program: Hook::FromNetdev.name(),
+                device: device.to_owned(),
+                ifindex,
+                source,
+            })?;
+        for hook in [Hook::ToNetdev, Hook::FromNetdev] {
+            if has_link_layer {
+                self.attach(hook, ifindex, device)?;
+            } else {
+                let program = loader::bare_program(hook);
+                loader::load_program(&mut self.ebpf, program)?;
+                self.attach_program(program, hook, ifindex, device)?;
+            }
+        }
+        Ok(self.devices.set(ifindex, sources, true)?)
+    }
+
+    /// Detaches every program from a device of the node, after pods no longer get an address there;
+    /// `sources` as of now, `None` if the device is gone.
+    ///
+    /// # Errors
+    ///
+    /// A pin cannot be removed, the table of devices is full, or the kernel's.
+    pub fn leave_device(
+        &mut self,
+        ifindex: u32,
+        sources: Option<SourceAddresses>,
+    ) -> Result<(), DatapathError> {
+        match sources {
+            Some(sources) => self.devices.set(ifindex, sources, false)?,
+            None => self.devices.remove(ifindex)?,
+        }
+        self.detach(ifindex)
+    }
+
+    /// What pods send from at the devices of the node.
+    #[must_use]
+    pub fn devices(&self) -> &DeviceTable {
+        &self.devices
     }
 
     /// Whether both programs are attached to the host side of a pod's veth pair.
@@ -57,10 +108,20 @@ impl Datapath {
     }
 
     fn attach(&mut self, hook: Hook, ifindex: u32, device: &str) -> Result<(), DatapathError> {
+        self.attach_program(hook.name(), hook, ifindex, device)
+    }
+
+    fn attach_program(
+        &mut self,
+        program: &'static str,
+        hook: Hook,
+        ifindex: u32,
+        device: &str,
+    ) -> Result<(), DatapathError> {
         if self.attacher.is_attached(hook, ifindex) {
             self.layout.commit()?;
         }
-        let program = loader::program(&mut self.ebpf, hook.name())?;
+        let program = loader::program(&mut self.ebpf, program)?;
         self.attacher.attach(program, hook, ifindex, device)
     }
 

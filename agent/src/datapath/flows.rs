@@ -2,18 +2,18 @@
 //! connections is free before the table is full. The programs age it themselves when it is full
 //! or the agent is dead; nothing depends on this sweep.
 
-use std::{io, time::Duration};
+use std::{io, net::IpAddr, time::Duration};
 
 use weir_common::{
     Ipv4, Ipv6,
     address::Address,
     flow::{self, ConnectionState, FlowEntry, FlowKey, TICKS_PER_SECOND, Timeouts},
     metrics::outcome,
-    next_hop,
+    next_hop, protocol,
 };
 
 use super::{
-    Counters,
+    Counters, NodeSources,
     sys::{self, Cursor, RawMap},
     tables::endpoints::EndpointTable,
 };
@@ -29,9 +29,17 @@ pub struct Rules<'a> {
     pub timeouts: Timeouts,
     /// The pods of this node.
     pub endpoints: &'a EndpointTable,
+    /// The addresses of this node.
+    pub sources: &'a mut NodeSources,
 }
 
 impl Rules<'_> {
+    /// Whether the node has lost the address that a connection is translated to.
+    fn has_lost_source<A: Address>(&mut self, key: &FlowKey<A>, entry: &FlowEntry<A>) -> bool {
+        translated_source(key, entry)
+            .is_some_and(|source| self.sources.is_lost(source, key.protocol, self.now))
+    }
+
     /// Whether a pod of this node that the entry names is gone. No packet uses such an entry: the
     /// programs compare generations.
     fn is_orphaned<A>(&self, entry: &FlowEntry<A>) -> bool {
@@ -52,6 +60,8 @@ pub struct SweepReport {
     pub visited: u32,
     /// Connections removed.
     pub removed: u32,
+    /// Those of them that were translated to an address which the node has lost.
+    pub without_source: u32,
     /// Both families have been walked to the end since the last report that said so.
     pub finished: bool,
 }
@@ -75,8 +85,11 @@ struct Walk {
     cursor: Cursor,
     room: usize,
     seen: u32,
+    nat_ports_seen: u32,
     /// Entries at the last complete walk.
     entries: u32,
+    /// Connections that held a port of the NAT range at the last complete walk.
+    nat_ports: u32,
 }
 
 impl FlowSweeper {
@@ -100,7 +113,7 @@ impl FlowSweeper {
     pub fn sweep(
         &mut self,
         budget: u32,
-        rules: &Rules<'_>,
+        rules: &mut Rules<'_>,
         counters: &Counters,
     ) -> io::Result<SweepReport> {
         let mut report = SweepReport::default();
@@ -114,16 +127,16 @@ impl FlowSweeper {
             self.created = created;
         }
         while report.visited < budget {
-            let (visited, removed, done) = if self.in_v6 {
-                self.v6.step::<Ipv6>(rules)?
+            let (removed, done) = if self.in_v6 {
+                self.v6.step::<Ipv6>(rules, &mut report)?
             } else {
-                self.v4.step::<Ipv4>(rules)?
+                self.v4.step::<Ipv4>(rules, &mut report)?
             };
-            report.visited += visited;
             report.removed += removed;
             if done {
                 self.in_v6 = !self.in_v6;
                 if !self.in_v6 {
+                    rules.sources.end_walk();
                     self.empty = self.v4.entries == 0 && self.v6.entries == 0;
                     report.finished = true;
                     break;
@@ -138,6 +151,13 @@ impl FlowSweeper {
     pub fn fill(&self) -> (u32, u32, u32) {
         (self.v4.entries, self.v6.entries, self.v4.map.max_entries())
     }
+
+    /// Connections of IPv4 and IPv6 that held a port of the NAT range at the end of the last complete walk. Those to
+    /// different destinations may hold the same one.
+    #[must_use]
+    pub fn nat_ports(&self) -> (u32, u32) {
+        (self.v4.nat_ports, self.v6.nat_ports)
+    }
 }
 
 impl Walk {
@@ -147,12 +167,18 @@ impl Walk {
             cursor: Cursor::default(),
             room: BATCH,
             seen: 0,
+            nat_ports_seen: 0,
             entries: 0,
+            nat_ports: 0,
         }
     }
 
-    /// One batch: entries looked at, connections removed, and whether the walk is at its end.
-    fn step<A>(&mut self, rules: &Rules<'_>) -> io::Result<(u32, u32, bool)>
+    /// One batch: connections removed, and whether the walk is at its end.
+    fn step<A>(
+        &mut self,
+        rules: &mut Rules<'_>,
+        report: &mut SweepReport,
+    ) -> io::Result<(u32, bool)>
     where
         A: Address,
         FlowKey<A>: aya::Pod,
@@ -168,10 +194,11 @@ impl Walk {
             // A bucket that holds more than fits.
             Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
                 self.room *= 2;
-                return Ok((0, 0, false));
+                return Ok((0, false));
             }
             Err(error) => {
-                (self.cursor, self.seen) = (Cursor::default(), 0);
+                self.cursor = Cursor::default();
+                (self.seen, self.nat_ports_seen) = (0, 0);
                 return Err(error);
             }
         };
@@ -181,30 +208,44 @@ impl Walk {
             .zip(values.chunks_exact(self.map.value_size()))
             .take(batch.count)
         {
-            if self.expire::<A>(sys::from_bytes(key), sys::from_bytes(value), rules)? {
+            let (key, entry) = (sys::from_bytes(key), sys::from_bytes(value));
+            let has_lost_source = rules.has_lost_source::<A>(&key, &entry);
+            if self.expire::<A>(key, entry, rules, has_lost_source)? {
                 removed += 1;
+                report.without_source += u32::from(has_lost_source);
+            } else if holds_nat_port(key.protocol, entry.flags) {
+                self.nat_ports_seen += 1;
             }
         }
         self.seen += batch.count as u32;
         if batch.done {
             self.entries = self.seen.saturating_sub(2 * removed);
-            self.seen = 0;
+            // Both entries of one that was counted may have been removed since.
+            self.nat_ports = self.nat_ports_seen.min(self.entries);
+            (self.seen, self.nat_ports_seen) = (0, 0);
         } else {
             self.seen = self.seen.saturating_sub(2 * removed);
         }
-        Ok((batch.count as u32, removed, batch.done))
+        report.visited += batch.count as u32;
+        Ok((removed, batch.done))
     }
 
     /// Removes both entries of a connection if the newer of both times is older than allowed, or a pod
-    /// of this node that it began or ended at is gone.
-    fn expire<A>(&self, key: FlowKey<A>, entry: FlowEntry<A>, rules: &Rules<'_>) -> io::Result<bool>
+    /// of this node that it began or ended at is gone, or the node's address that it has.
+    fn expire<A>(
+        &self,
+        key: FlowKey<A>,
+        entry: FlowEntry<A>,
+        rules: &Rules<'_>,
+        has_lost_source: bool,
+    ) -> io::Result<bool>
     where
         A: Address,
         FlowKey<A>: aya::Pod,
         FlowEntry<A>: aya::Pod,
     {
         let idle = flow::age(rules.now, entry.last_seen);
-        let orphaned = rules.is_orphaned(&entry);
+        let orphaned = has_lost_source || rules.is_orphaned(&entry);
         // No state has a shorter time-out than this: most entries need no second lookup.
         if !orphaned && idle <= ticks(rules.timeouts.shortest()) {
             return Ok(false);
@@ -215,7 +256,7 @@ impl Walk {
             .map
             .lookup(sys::bytes_of(&partner_key), &mut bytes)?
             .then(|| sys::from_bytes::<FlowEntry<A>>(&bytes))
-            .filter(|partner| partner.ring == entry.ring);
+            .filter(|partner| partner.has_partner(&key));
         let idle = partner.map_or(idle, |p| idle.min(flow::age(rules.now, p.last_seen)));
         if !orphaned && limit(&key, &entry, partner.as_ref(), &rules.timeouts) >= idle {
             return Ok(false);
@@ -237,6 +278,31 @@ impl Walk {
     }
 }
 
+/// The address of the node that a connection is translated to, if it is.
+fn translated_source<A: Address>(key: &FlowKey<A>, entry: &FlowEntry<A>) -> Option<IpAddr> {
+    if entry.flags & flow::flag::SOURCE_NAT == 0 {
+        return None;
+    }
+    let is_reply = entry.flags & flow::flag::REPLY != 0;
+    let source = if is_reply {
+        key.destination
+    } else {
+        entry.new_source
+    };
+    Some(source.to_ip())
+}
+
+/// Whether an entry stands for a connection with a port, or identifier of an echo, of the NAT range. Each has one such
+/// entry, the forward one; other protocols keep their port.
+fn holds_nat_port(protocol: u8, flags: u16) -> bool {
+    let direction = flags & (flow::flag::SOURCE_NAT | flow::flag::REPLY);
+    let has_port_of_range = matches!(
+        protocol,
+        protocol::TCP | protocol::UDP | protocol::ICMP | protocol::ICMPV6
+    );
+    direction == flow::flag::SOURCE_NAT && has_port_of_range
+}
+
 /// Ticks that a connection may be idle.
 fn limit<A: Address>(
     key: &FlowKey<A>,
@@ -244,13 +310,16 @@ fn limit<A: Address>(
     partner: Option<&FlowEntry<A>>,
     timeouts: &Timeouts,
 ) -> u32 {
-    let (flags, packets) = partner.map_or((0, 0), |p| (p.tcp_flags, p.packets));
+    let (flags, packets, partner_seen) = partner.map_or((0, 0, entry.last_seen), |p| {
+        (p.tcp_flags, p.packets, p.last_seen)
+    });
     let replied = if entry.flags & flow::flag::REPLY != 0 {
         entry.packets > 0
     } else {
         packets > 0
     };
-    let state = ConnectionState::new(key.protocol, entry.tcp_flags, flags, replied);
+    let lasted = flow::lasted(entry.created, entry.last_seen, partner_seen);
+    let state = ConnectionState::new(key.protocol, entry.tcp_flags, flags, replied, lasted);
     ticks(timeouts.of(state))
 }
 
@@ -267,4 +336,30 @@ pub fn now() -> io::Result<u32> {
     let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC_COARSE)?;
     let nanoseconds = Duration::from(time).as_nanos() as u64;
     Ok(flow::now_from_nanoseconds(nanoseconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_translated_connection_holds_one_port() {
+        use flow::flag::{HAIRPIN, REPLY, REWRITE_SOURCE, SOURCE_NAT};
+        for (protocol, flags, holds) in [
+            (protocol::TCP, SOURCE_NAT, true),
+            (protocol::UDP, SOURCE_NAT | REWRITE_SOURCE, true),
+            (protocol::ICMP, SOURCE_NAT, true),
+            (protocol::ICMPV6, SOURCE_NAT, true),
+            (protocol::SCTP, SOURCE_NAT, false),
+            (protocol::TCP, SOURCE_NAT | REPLY, false),
+            (protocol::TCP, REWRITE_SOURCE | HAIRPIN, false),
+            (protocol::TCP, 0, false),
+        ] {
+            assert_eq!(
+                holds_nat_port(protocol, flags),
+                holds,
+                "{protocol} {flags:#x}"
+            );
+        }
+    }
 }

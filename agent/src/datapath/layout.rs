@@ -1,12 +1,16 @@
 //! Compares the pinned maps with what the object wants, before it is loaded: a loader takes a pin
 //! as it is, and with another layout both sides would read garbage. What differs is made anew.
 //! Everything but flows follows from the desired state; flows are carried over where only the
-//! size differs, and given up, loudly, where they cannot be understood any more.
+//! size differs, and given up, loudly, where they cannot be understood any more. What they refer to by number and
+//! generation stays as long as its own layout does, whatever becomes of the rest ([`versions`]).
 //!
 //! New maps are pinned beside the old ones, as `NAME~new`, and take their place when they hold
 //! everything: [`Plan::commit`]. Until then the old ones are in force, pinned and untouched, so
 //! that an agent that dies on the way has changed nothing and the next one begins again. From the
 //! appearance of the file `~ready` on the next one goes on instead.
+
+mod carry;
+mod versions;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,13 +20,9 @@ use std::{
 };
 
 use aya::maps::{MapData, MapInfo};
-use weir_common::{
-    ABI_VERSION, Ipv4, Ipv6,
-    address::Address,
-    flow::{FlowEntry, FlowKey},
-    metrics::FlowRingState,
-};
+use weir_common::{Ipv4, Ipv6, metrics::FlowRingState};
 
+use self::versions::Pinned;
 use super::{
     DatapathError,
     object::MapShape,
@@ -36,10 +36,14 @@ const FLOW_MAPS: [&str; 5] = [
     "FLOW_RING_V6",
     "FLOW_RING_STATE",
 ];
+/// Which endpoints have entries in these.
+const HAS_FLOWS: &str = "ENDPOINT_FLOWS";
 /// Without these a number in `SERVICE_STATE` means nothing.
-const SERVICE_MAPS: [&str; 6] = [
+const SERVICE_MAPS: [&str; 8] = [
     "FRONTENDS_V4",
     "FRONTENDS_V6",
+    "SOURCE_RANGES_V4",
+    "SOURCE_RANGES_V6",
     "SERVICE_STATE",
     "SLOTS",
     "AFFINITY",
@@ -73,7 +77,11 @@ pub(super) struct Plan {
     anew: BTreeMap<String, bool>,
     /// Pins that nobody knows.
     unknown: Vec<String>,
+    /// The flow tables stay, but nobody knows which endpoints have entries in them.
+    flows_are_anyones: bool,
     pending: bool,
+    /// Old tables of flows, as long as programs may use them.
+    carrying: Option<carry::Carrying>,
 }
 
 /// Ends what an earlier agent began, and compares.
@@ -81,21 +89,16 @@ pub(super) fn prepare(folder: &Path, shapes: &[MapShape]) -> Result<Plan, Datapa
     settle(folder)?;
     let mut misfits: BTreeMap<String, Misfit> = BTreeMap::new();
     let pins = names(folder)?;
-    if let Some(version) = pinned_version(folder)?.filter(|version| *version != ABI_VERSION) {
-        let reason = format!("its layout is version {version}, this agent has {ABI_VERSION}");
-        for pin in &pins {
-            misfits.insert(pin.clone(), Misfit::dropped(&reason));
-        }
-    } else {
-        for shape in shapes.iter().filter(|shape| pins.contains(&shape.name)) {
-            if let Some(misfit) = compare(folder, shape)? {
-                misfits.insert(shape.name.clone(), misfit);
-            }
-        }
-        if !pins.is_empty() {
-            drop_dependants(&pins, shapes, &mut misfits);
+    let pinned = Pinned::read(folder)?;
+    for shape in shapes.iter().filter(|shape| pins.contains(&shape.name)) {
+        if let Some(misfit) = compare(folder, shape, &pinned)? {
+            misfits.insert(shape.name.clone(), misfit);
         }
     }
+    if !pins.is_empty() {
+        drop_dependants(&pins, shapes, &mut misfits);
+    }
+    let flows_are_anyones = keep_has_flows(&pins, &mut misfits);
     for pin in &pins {
         if !shapes.iter().any(|shape| shape.name == *pin) {
             misfits.insert(pin.clone(), Misfit::dropped("no program uses it any more"));
@@ -107,8 +110,13 @@ pub(super) fn prepare(folder: &Path, shapes: &[MapShape]) -> Result<Plan, Datapa
         folder: folder.to_path_buf(),
         anew: BTreeMap::new(),
         unknown: Vec::new(),
+        flows_are_anyones,
         pending: !misfits.is_empty(),
+        carrying: None,
     };
+    if !plan.pending {
+        versions::note(folder)?;
+    }
     for (map, misfit) in misfits {
         let flows_lost = !misfit.keep && FLOW_MAPS.contains(&map.as_str());
         if flows_lost {
@@ -173,10 +181,10 @@ impl Plan {
         }
     }
 
-    /// Carries the content of the old maps over. The programs that are attached still use the
-    /// old ones: a connection that begins before they are replaced is not carried over, and is
-    /// decided again, by the same hash, at its next packet.
-    pub fn carry_over(&self) -> Result<(), DatapathError> {
+    /// Carries the content of the old maps over. The programs that are attached still use the old ones, and enter
+    /// connections there until they are replaced: those are added, with their ports, by [`Self::commit`] and
+    /// [`Self::catch_up`].
+    pub fn carry_over(&mut self) -> Result<(), DatapathError> {
         let open = |path: PathBuf| {
             MapData::from_pin(&path)
                 .map_err(io::Error::other)
@@ -187,42 +195,84 @@ impl Plan {
         let new = |name: &str| open(self.pin(name));
         let kept = |name: &str| self.anew.get(name) == Some(&true);
         let mut copied = BTreeSet::new();
+        let mut carrying = carry::Carrying::default();
         for (family, row) in [("V4", 0u32), ("V6", 1)] {
             let (flows, ring) = (format!("FLOWS_{family}"), format!("FLOW_RING_{family}"));
-            if !kept(&flows) || !kept(&ring) {
+            if !kept(&flows) {
                 continue;
             }
-            let copy = Flows {
-                old: old(&flows)?,
-                old_ring: old(&ring)?,
-                new: new(&flows)?,
-                new_ring: new(&ring)?,
+            let new_ring = kept(&ring).then(|| new(&ring)).transpose()?;
+            let has_own_ring = new_ring.is_some();
+            let mut copy = carry::Flows::new(old(&flows)?, old(&ring)?, new(&flows)?, new_ring);
+            let begun = match family {
+                "V4" => copy.begin::<Ipv4>(),
+                _ => copy.begin::<Ipv6>(),
             };
-            let result = match family {
-                "V4" => copy.run::<Ipv4>(),
-                _ => copy.run::<Ipv6>(),
-            };
-            let (kept, lost) = result.map_err(DatapathError::Migrate)?;
-            let state = FlowRingState {
-                hand: u64::from(kept),
-            };
-            new("FLOW_RING_STATE")?
-                .update(&row.to_ne_bytes(), sys::bytes_of(&state))
-                .map_err(DatapathError::Migrate)?;
+            let (kept, lost) = begun.map_err(DatapathError::Migrate)?;
+            if has_own_ring {
+                let state = FlowRingState {
+                    hand: u64::from(kept),
+                };
+                new("FLOW_RING_STATE")?
+                    .update(&row.to_ne_bytes(), sys::bytes_of(&state))
+                    .map_err(DatapathError::Migrate)?;
+                copied.insert(ring);
+            }
             tracing::info!(
                 flows,
                 kept,
                 lost,
                 "connections carried over to a table of another size"
             );
-            copied.extend([flows, ring]);
+            match family {
+                "V4" => carrying.v4 = Some(copy),
+                _ => carrying.v6 = Some(copy),
+            }
+            copied.insert(flows);
         }
         for name in self.anew.keys() {
-            if kept(name) && !copied.contains(name) {
-                copy_entries(&old(name)?, &new(name)?).map_err(DatapathError::Migrate)?;
+            let is_filled = copied.contains(name) || (name == HAS_FLOWS && self.flows_are_anyones);
+            if kept(name) && !is_filled {
+                carry::copy_entries(&old(name)?, &new(name)?).map_err(DatapathError::Migrate)?;
             }
         }
+        if self.flows_are_anyones {
+            carry::note_flows_everywhere(&new(HAS_FLOWS)?).map_err(DatapathError::Migrate)?;
+        } else if kept(HAS_FLOWS) {
+            carrying.has_flows = Some((old(HAS_FLOWS)?, new(HAS_FLOWS)?));
+        }
+        self.carrying = Some(carrying).filter(carry::Carrying::has_flows);
         Ok(())
+    }
+
+    /// Whether connections begin in tables that the programs of this agent do not see, and are used there.
+    pub fn is_carrying(&self) -> bool {
+        self.carrying.is_some()
+    }
+
+    /// Carries over what the programs of an earlier agent have entered since the last time.
+    pub fn catch_up(&mut self) -> Result<(), DatapathError> {
+        let Some(carrying) = &mut self.carrying else {
+            return Ok(());
+        };
+        let caught = carrying
+            .catch_up(!self.pending)
+            .map_err(DatapathError::Migrate)?;
+        if caught != carry::Caught::default() {
+            tracing::info!(
+                added = caught.added,
+                refreshed = caught.refreshed,
+                removed = caught.removed,
+                lost = caught.lost,
+                "connections of the old table carried over"
+            );
+        }
+        Ok(())
+    }
+
+    /// The last program of an earlier agent is gone: lets go of its maps.
+    pub fn end_carrying(&mut self) {
+        self.carrying = None;
     }
 
     /// The new maps take the place of the old ones, all or none; again has no effect.
@@ -230,6 +280,8 @@ impl Plan {
         if !self.pending {
             return Ok(());
         }
+        // Nothing but what this agent has carried over is in the new tables yet.
+        self.catch_up()?;
         for name in &self.unknown {
             let path = self.folder.join(name);
             match fs::remove_file(&path) {
@@ -239,6 +291,7 @@ impl Plan {
                 _ => {}
             }
         }
+        versions::note_later(&self.folder)?;
         let ready = self.folder.join(READY);
         match symlink("new", &ready) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -269,7 +322,14 @@ impl Misfit {
     }
 }
 
-fn compare(folder: &Path, shape: &MapShape) -> Result<Option<Misfit>, DatapathError> {
+fn compare(
+    folder: &Path,
+    shape: &MapShape,
+    pinned: &Pinned,
+) -> Result<Option<Misfit>, DatapathError> {
+    if let Some(reason) = pinned.misfit(&shape.name) {
+        return Ok(Some(Misfit::dropped(&reason)));
+    }
     let path = folder.join(&shape.name);
     let info = MapInfo::from_pin(&path)
         .map_err(|error| DatapathError::pin(&path, io::Error::other(error)))?;
@@ -287,6 +347,11 @@ fn compare(folder: &Path, shape: &MapShape) -> Result<Option<Misfit>, DatapathEr
     if !differences.is_empty() {
         return Ok(Some(Misfit::dropped(&differences.join(", "))));
     }
+    if matches!(shape.name.as_str(), "FLOWS_V4" | "FLOWS_V6")
+        && let Some(reason) = versions::misfit_of_entries(&path)?
+    {
+        return Ok(Some(Misfit::dropped(&reason)));
+    }
     if info.max_entries() == shape.max_entries {
         return Ok(None);
     }
@@ -295,6 +360,7 @@ fn compare(folder: &Path, shape: &MapShape) -> Result<Option<Misfit>, DatapathEr
     let keep = match name {
         "METRICS" | "LOOKUPS" | "EVENTS" | "CONFIG" | "SLOTS" => false,
         "FRAGMENTS_V4" | "FRAGMENTS_V6" => false,
+        HAS_FLOWS => true,
         _ if FLOW_MAPS.contains(&name) || GENERATION_MAPS.contains(&name) => true,
         _ => grows,
     };
@@ -314,11 +380,13 @@ fn drop_dependants(
     shapes: &[MapShape],
     misfits: &mut BTreeMap<String, Misfit>,
 ) {
-    let groups: [(&[&str], &[&str]); 4] = [
+    let groups: [(&[&str], &[&str]); 5] = [
+        (&["BACKENDS"], &SERVICE_MAPS),
         (&["SERVICE_STATE", "SLOTS"], &SERVICE_MAPS),
-        (&FLOW_MAPS, &FLOW_MAPS),
         (&GENERATION_MAPS, &FLOW_MAPS),
-        (&["BACKENDS"], &["AFFINITY"]),
+        (&FLOW_MAPS, &FLOW_MAPS),
+        // Nobody has entries in a table that is empty.
+        (&FLOW_MAPS, &[HAS_FLOWS]),
     ];
     for (leaders, followers) in groups {
         let lost = leaders.iter().find(|name| {
@@ -338,27 +406,35 @@ fn drop_dependants(
     }
 }
 
-/// The version of the layout, which every version of `CONFIG` has as its first four bytes; `None`
-/// if there is none or nothing has been written yet.
-fn pinned_version(folder: &Path) -> Result<Option<u32>, DatapathError> {
-    let path = folder.join("CONFIG");
-    if !path.exists() {
-        return Ok(None);
-    }
-    let read = || {
-        let config = RawMap::new(&MapData::from_pin(&path).map_err(io::Error::other)?)?;
-        let mut row = vec![0; config.value_size()];
-        config.lookup(&0u32.to_ne_bytes(), &mut row)?;
-        Ok((row.len() >= 4).then(|| sys::from_bytes::<u32>(&row)))
+/// Where the flow tables stay, sees to it that no endpoint is taken for one without entries. Gives whether it is not
+/// known which have some: nothing tells, or the programs of the earlier agent go on to enter connections in these very
+/// tables, and note them in the old map only.
+fn keep_has_flows(pins: &BTreeSet<String>, misfits: &mut BTreeMap<String, Misfit>) -> bool {
+    let is_kept = |name: &str| {
+        pins.contains(name) && misfits.get(name).is_none_or(|misfit: &Misfit| misfit.keep)
     };
-    let version = read().map_err(|error| DatapathError::pin(&path, error))?;
-    Ok(version.filter(|version| *version != 0))
+    if !FLOW_MAPS.into_iter().all(is_kept) {
+        return false;
+    }
+    let tables = ["FLOWS_V4", "FLOWS_V6"];
+    let in_place = tables.iter().any(|name| !misfits.contains_key(*name));
+    match misfits.get_mut(HAS_FLOWS) {
+        None => !pins.contains(HAS_FLOWS),
+        Some(misfit) if misfit.keep && !in_place => false,
+        Some(misfit) => {
+            misfit
+                .reason
+                .push_str("; every endpoint counts as one with connections");
+            misfit.keep = true;
+            true
+        }
+    }
 }
 
 /// Every pin of a map.
 fn names(folder: &Path) -> Result<BTreeSet<String>, DatapathError> {
     let mut names = entries(folder)?;
-    names.retain(|name| name != READY && !name.ends_with(NEW));
+    names.retain(|name| !name.starts_with('~') && !name.ends_with(NEW));
     Ok(names)
 }
 
@@ -370,68 +446,4 @@ fn entries(folder: &Path) -> Result<BTreeSet<String>, DatapathError> {
                 .collect()
         })
         .map_err(|error| DatapathError::pin(folder, error))
-}
-
-/// Copies what fits; rows of an array beyond the size of the new one are left out.
-fn copy_entries(old: &RawMap, new: &RawMap) -> io::Result<()> {
-    let mut value = vec![0; old.value_size()];
-    for key in old.keys()? {
-        if old.lookup(&key, &mut value)?
-            && let Err(error) = new.update(&key, &value)
-            && error.raw_os_error() != Some(libc::E2BIG)
-        {
-            return Err(error);
-        }
-    }
-    Ok(())
-}
-
-/// The flow tables of one family, old and new.
-struct Flows {
-    old: RawMap,
-    old_ring: RawMap,
-    new: RawMap,
-    new_ring: RawMap,
-}
-
-impl Flows {
-    /// Gives each connection a new place, in the order of their old ones. Connections carried
-    /// over, and those for which there is no room.
-    fn run<A>(&self) -> io::Result<(u32, u32)>
-    where
-        A: Address,
-        FlowKey<A>: aya::Pod,
-        FlowEntry<A>: aya::Pod,
-    {
-        let (mut kept, mut lost) = (0, 0);
-        let mut key_bytes = vec![0; self.old_ring.value_size()];
-        let mut bytes = vec![0; self.old.value_size()];
-        for place in 0..self.old_ring.max_entries() {
-            self.old_ring.lookup(&place.to_ne_bytes(), &mut key_bytes)?;
-            let key: FlowKey<A> = sys::from_bytes(&key_bytes);
-            if key == FlowKey::default() || !self.old.lookup(&key_bytes, &mut bytes)? {
-                continue;
-            }
-            let mut entry: FlowEntry<A> = sys::from_bytes(&bytes);
-            if entry.ring != place {
-                continue;
-            }
-            if kept == self.new_ring.max_entries() {
-                lost += 1;
-                continue;
-            }
-            let partner_key = entry.partner_key(key.protocol);
-            if self.old.lookup(sys::bytes_of(&partner_key), &mut bytes)? {
-                let mut partner: FlowEntry<A> = sys::from_bytes(&bytes);
-                partner.ring = kept;
-                self.new
-                    .update(sys::bytes_of(&partner_key), sys::bytes_of(&partner))?;
-            }
-            entry.ring = kept;
-            self.new.update(&key_bytes, sys::bytes_of(&entry))?;
-            self.new_ring.update(&kept.to_ne_bytes(), &key_bytes)?;
-            kept += 1;
-        }
-        Ok((kept, lost))
-    }
 }

@@ -38,7 +38,7 @@ pub(super) fn load(object: &[u8], options: &DatapathOptions) -> Result<Loaded, D
     }
 
     let shapes = object::shapes(object, options)?;
-    let layout = layout::prepare(&maps, &shapes)?;
+    let mut layout = layout::prepare(&maps, &shapes)?;
 
     let globals = Globals::new(options);
     let mut loader = EbpfLoader::new();
@@ -115,6 +115,8 @@ pub(super) struct Globals {
     mark_shift: u32,
     count_lookups: u8,
     csum_ipv6_flag: u64,
+    fib_source_flag: u32,
+    fib_neighbour_flag: u32,
 }
 
 impl Globals {
@@ -124,10 +126,18 @@ impl Globals {
             tracing::debug!(%error, "cannot tell whether bpf_l4_csum_replace takes BPF_F_IPV6");
             0
         });
+        let fib_flag = |flag| {
+            probe::fib_flag(flag).unwrap_or_else(|error| {
+                tracing::debug!(flag, %error, "cannot tell whether bpf_fib_lookup takes a flag");
+                0
+            })
+        };
         Self {
             mark_shift: options.mark_shift,
             count_lookups: u8::from(options.count_lookups),
             csum_ipv6_flag,
+            fib_source_flag: fib_flag(probe::FIB_SOURCE),
+            fib_neighbour_flag: fib_flag(probe::FIB_SKIP_NEIGHBOUR),
         }
     }
 
@@ -138,7 +148,9 @@ impl Globals {
             .btf(None)
             .override_global("MARK_SHIFT", &self.mark_shift, true)
             .override_global("COUNT_LOOKUPS", &self.count_lookups, true)
-            .override_global("CSUM_IPV6_FLAG", &self.csum_ipv6_flag, true);
+            .override_global("CSUM_IPV6_FLAG", &self.csum_ipv6_flag, true)
+            .override_global("FIB_SOURCE_FLAG", &self.fib_source_flag, true)
+            .override_global("FIB_NEIGHBOUR_FLAG", &self.fib_neighbour_flag, true);
     }
 }
 
@@ -174,6 +186,19 @@ pub(super) fn program_names() -> impl Iterator<Item = &'static str> {
         .chain(sockets::PROGRAMS)
 }
 
+/// Programs for devices without a link layer. They are loaded when there is such a device.
+pub(super) const BARE_PROGRAMS: [&str; 2] = ["from_netdev_bare", "to_netdev_bare"];
+
+/// The program of a hook at the node's devices that have no link layer.
+pub(super) fn bare_program(hook: Hook) -> &'static str {
+    let [from_netdev, to_netdev] = BARE_PROGRAMS;
+    match hook {
+        Hook::FromNetdev => from_netdev,
+        Hook::ToNetdev => to_netdev,
+        other => other.name(),
+    }
+}
+
 /// Loads a program of the object.
 pub(super) fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
     let program = ebpf
@@ -184,6 +209,7 @@ pub(super) fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), Da
 
 fn load_one(name: &'static str, program: &mut Program) -> Result<(), DatapathError> {
     match program {
+        Program::SchedClassifier(program) if program.fd().is_ok() => Ok(()),
         Program::SchedClassifier(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),
         other => {

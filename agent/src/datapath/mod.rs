@@ -9,16 +9,19 @@
 
 pub mod attach;
 mod attached;
+mod configure;
 pub mod counters;
 pub mod defrag;
 mod error;
 pub mod events;
 pub mod expedite;
+mod fill;
 pub mod flows;
 mod grace;
 mod layout;
 mod loader;
 mod mapped;
+mod node_sources;
 pub mod object;
 #[cfg(feature = "log-packets")]
 mod packet_log;
@@ -40,14 +43,17 @@ use weir_common::{
 };
 
 pub use attach::{AttachMode, Attachment};
+pub use configure::Configure;
 pub use counters::{Counters, HookCounter};
 pub use error::DatapathError;
 pub use events::EventReader;
+pub use fill::MapFill;
 pub use flows::{FlowSweeper, SweepReport};
 pub use layout::Migration;
+pub use node_sources::NodeSources;
 pub use tables::{
-    AppliedService, ConfigTable, EndpointRow, EndpointTable, Hop, HopRef, Ipcache, NextHops,
-    NodeConfig, Services, TableError,
+    AppliedService, ConfigTable, DeviceTable, EndpointRow, EndpointTable, Hop, HopRef, Ipcache,
+    NextHops, NodeConfig, Services, TableError,
 };
 
 use crate::{
@@ -58,7 +64,7 @@ use attach::Attacher;
 use expedite::Expedite;
 use sys::RawMap;
 use tables::{
-    AffinityTable,
+    AffinityTable, SourceRangeTable,
     endpoints::{EndpointMaps, LocalAddresses},
     services::ServiceMaps,
 };
@@ -97,17 +103,6 @@ impl Default for DatapathOptions {
     }
 }
 
-/// How full a map is.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct MapFill {
-    /// Its name.
-    pub map: &'static str,
-    /// Entries in use; for flows, at the last complete sweep.
-    pub entries: u32,
-    /// Entries there can be.
-    pub max: u32,
-}
-
 /// What [`Datapath::prune`] has removed.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Pruned {
@@ -130,9 +125,11 @@ pub struct Datapath {
     endpoints: EndpointTable,
     ipcache: Ipcache,
     next_hops: NextHops,
+    devices: DeviceTable,
     services: Services,
     counters: Counters,
     flows: FlowSweeper,
+    sources: NodeSources,
     defrag: RawMap,
     events: Option<RingBuf<aya::maps::MapData>>,
 }
@@ -193,10 +190,17 @@ impl Datapath {
         )?;
         let raw = loaded.raw("NEXT_HOPS")?;
         let next_hops = NextHops::open(loaded.map("NEXT_HOPS")?, &raw, &ipcache)?;
+        let devices = DeviceTable::open(loaded.map("DEVICE_ADDRESSES")?)?;
+        let source_ranges_max = loaded.raw("SOURCE_RANGES_V4")?.max_entries();
         let services = Services::open(ServiceMaps {
             frontends_max: loaded.raw("FRONTENDS_V4")?.max_entries(),
             frontends_v4: loaded.map("FRONTENDS_V4")?,
             frontends_v6: loaded.map("FRONTENDS_V6")?,
+            source_ranges: SourceRangeTable::open(
+                loaded.map("SOURCE_RANGES_V4")?,
+                loaded.map("SOURCE_RANGES_V6")?,
+                source_ranges_max,
+            )?,
             state: loaded.with_data("SERVICE_STATE", |map| mapped::MappedArray::new(map, 2))?,
             services_max: options.services_max,
             backends: loaded.with_data("BACKENDS", |map| mapped::MappedArray::new(map, 4))?,
@@ -214,9 +218,11 @@ impl Datapath {
             endpoints,
             ipcache,
             next_hops,
+            devices,
             services,
             counters: Counters::new(loaded.raw("METRICS")?, loaded.raw("LOOKUPS")?),
             flows: FlowSweeper::new(loaded.raw("FLOWS_V4")?, loaded.raw("FLOWS_V6")?),
+            sources: NodeSources::default(),
             defrag: loaded.raw("DEFRAG")?,
             events: Some(loaded.map("EVENTS")?),
             pinned: std::mem::take(&mut loaded.pinned),
@@ -233,6 +239,29 @@ impl Datapath {
     #[must_use]
     pub fn migrations(&self) -> &[Migration] {
         &self.layout.migrations
+    }
+
+    /// Whether connections may begin and go on in tables that were made anew since, in which the programs of an earlier
+    /// agent look for them: from a migration to [`Self::end_carrying_over`]. No flow is aged meanwhile.
+    #[must_use]
+    pub fn is_carrying_over(&self) -> bool {
+        self.layout.is_carrying()
+    }
+
+    /// Carries over the connections that the programs of an earlier agent have entered in tables which were made anew.
+    /// The first replacement of a program has it done before; call it again after each few of them, as later
+    /// ones still use the old tables. What programs of this agent have entered stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's; the call can be repeated.
+    pub fn carry_over(&mut self) -> Result<(), DatapathError> {
+        self.layout.catch_up()
+    }
+
+    /// Every program of an earlier agent has been replaced or detached.
+    pub fn end_carrying_over(&mut self) {
+        self.layout.end_carrying();
     }
 
     /// Maps whose pins somebody has removed: the programs go on with them, the next agent cannot.
@@ -436,7 +465,8 @@ impl Datapath {
         &self.counters
     }
 
-    /// Ages the flow table a little, with the time-outs in force; see [`FlowSweeper::sweep`].
+    /// Ages the flow table a little, with the time-outs in force; see [`FlowSweeper::sweep`]. Does nothing while
+    /// [`Self::is_carrying_over`]: packets may be seen in the old table only.
     ///
     /// # Errors
     ///
@@ -451,12 +481,37 @@ impl Datapath {
     ///
     /// The kernel's.
     pub fn sweep_flows_at(&mut self, now: u32, budget: u32) -> io::Result<SweepReport> {
-        let rules = flows::Rules {
+        if self.is_carrying_over() {
+            return Ok(SweepReport::default());
+        }
+        let mut rules = flows::Rules {
             now,
             timeouts: self.config.row().timeouts,
             endpoints: &self.endpoints,
+            sources: &mut self.sources,
         };
-        self.flows.sweep(budget, &rules, &self.counters)
+        self.flows.sweep(budget, &mut rules, &self.counters)
+    }
+
+    /// Addresses of the node that connections are translated to.
+    #[must_use]
+    pub fn node_sources(&self) -> &NodeSources {
+        &self.sources
+    }
+
+    /// See [`NodeSources::set_own`].
+    pub fn set_node_addresses(&mut self, addresses: BTreeSet<IpAddr>) {
+        self.sources.set_own(addresses);
+    }
+
+    /// See [`NodeSources::settle`].
+    ///
+    /// # Errors
+    ///
+    /// As [`flows::now`].
+    pub fn settle_source(&mut self, address: IpAddr, is_local: bool) -> io::Result<()> {
+        self.sources.settle(address, is_local, flows::now()?);
+        Ok(())
     }
 
     /// Removes what session affinity has remembered for longer than it lasts, a bounded piece at a
@@ -500,69 +555,11 @@ impl Datapath {
         packet_log::reader(&mut self.ebpf)
     }
 
-    /// How full every table is that can be full.
+    /// Connections of IPv4 and IPv6 that hold a port of the NAT range, as the sweep of the flow table found them
+    /// last; see [`FlowSweeper::nat_ports`].
     #[must_use]
-    pub fn fill(&self) -> Vec<MapFill> {
-        let (endpoints, endpoints_max) = self.endpoints.fill();
-        let (hops, hops_max) = self.next_hops.fill();
-        let (ipcache_v4, ipcache_v6, ipcache_max) = self.ipcache.fill();
-        let (flows_v4, flows_v6, flows_max) = self.flows.fill();
-        let services = self.services.fill();
-        [
-            ("ENDPOINTS", endpoints, endpoints_max),
-            ("NEXT_HOPS", hops, hops_max),
-            ("IPCACHE_V4", ipcache_v4, ipcache_max),
-            ("IPCACHE_V6", ipcache_v6, ipcache_max),
-            ("FLOWS_V4", flows_v4, flows_max),
-            ("FLOWS_V6", flows_v6, flows_max),
-            (
-                "FRONTENDS_V4",
-                services.frontends_v4.0,
-                services.frontends_v4.1,
-            ),
-            (
-                "FRONTENDS_V6",
-                services.frontends_v6.0,
-                services.frontends_v6.1,
-            ),
-            ("SERVICE_STATE", services.services.0, services.services.1),
-            ("BACKENDS", services.backends.0, services.backends.1),
-            ("SLOTS", services.slot_chunks.0, services.slot_chunks.1),
-            ("AFFINITY", services.affinity.0, services.affinity.1),
-        ]
-        .into_iter()
-        .map(|(map, entries, max)| MapFill { map, entries, max })
-        .collect()
-    }
-}
-
-/// Changes the configuration: its row, and what the ipcache says of pod ranges.
-pub struct Configure<'a> {
-    config: &'a mut ConfigTable,
-    ipcache: &'a mut Ipcache,
-}
-
-impl Configure<'_> {
-    /// See [`ConfigTable::apply`]. All of a pod range that is larger than what has rows in
-    /// `LOCAL_ADDRESSES_*` counts as this node's.
-    ///
-    /// # Errors
-    ///
-    /// As there, or the ipcache is full.
-    pub fn apply(&mut self, config: &NodeConfig) -> Result<(), TableError> {
-        let large: BTreeSet<IpNet> = tables::config::large_ranges(config).collect();
-        self.ipcache.add_large_ranges(&large)?;
-        self.config.apply(config)?;
-        self.ipcache.keep_large_ranges(&large)
-    }
-
-    /// See [`ConfigTable::set_new_flow_events`].
-    ///
-    /// # Errors
-    ///
-    /// As there.
-    pub fn set_new_flow_events(&mut self, on: bool) -> Result<(), TableError> {
-        self.config.set_new_flow_events(on)
+    pub fn nat_ports(&self) -> (u32, u32) {
+        self.flows.nat_ports()
     }
 }
 

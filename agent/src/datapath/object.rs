@@ -2,6 +2,7 @@
 
 use aya_obj::Object;
 use weir_common::{
+    limits,
     metrics::{DEVICE_HOOKS, Hook},
     service::endpoint_set,
 };
@@ -13,7 +14,14 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 
 /// Not pinned: scratch space of the programs, which holds nothing beyond a packet, and the log that
 /// only developers have.
-const UNPINNED: [&str; 4] = ["SCRATCH", "PACKET", "REFUSALS", "AYA_LOGS"];
+const UNPINNED: [&str; 6] = [
+    "SCRATCH",
+    "PACKET",
+    "ROUTE",
+    "REFUSALS",
+    "NAT_SEARCH",
+    "AYA_LOGS",
+];
 
 /// What a map is, as the object defines it with the sizes of the options.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -39,7 +47,7 @@ const FRONTENDS_PER_SERVICE_PORT: u32 = 4;
 
 /// The maps whose size is an option, with that size.
 pub fn sizes(options: &DatapathOptions) -> Vec<(&'static str, u32)> {
-    let flows = options.connections.saturating_mul(2);
+    let flows = limits::flows(options.connections);
     let frontends = options
         .services_max
         .saturating_mul(FRONTENDS_PER_SERVICE_PORT);

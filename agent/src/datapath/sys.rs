@@ -13,7 +13,9 @@ use std::{
 };
 
 use aya::maps::{MapData, MapInfo};
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type};
+use aya_obj::generated::{
+    BPF_ANY, BPF_EXIST, BPF_NOEXIST, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type,
+};
 
 /// One call of bpf(2).
 ///
@@ -222,10 +224,40 @@ impl RawMap {
     ///
     /// The kernel's, or `InvalidInput` for buffers of a wrong length.
     pub fn update(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
+        self.update_with(BPF_ANY, key, value)
+    }
+
+    /// Writes one value; `false` if the key is there already, and then changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::update`].
+    pub fn insert(&self, key: &[u8], value: &[u8]) -> io::Result<bool> {
+        match self.update_with(BPF_NOEXIST, key, value) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes one value; `false` if there is no such key, and then changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::update`].
+    pub fn replace(&self, key: &[u8], value: &[u8]) -> io::Result<bool> {
+        match self.update_with(BPF_EXIST, key, value) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn update_with(&self, flags: u32, key: &[u8], value: &[u8]) -> io::Result<()> {
         check_length(key, self.key_size)?;
         check_length(value, self.value_size)?;
         let value = value.as_ptr().cast_mut();
-        self.element(bpf_cmd::BPF_MAP_UPDATE_ELEM, Some(key), value)
+        self.element_with(bpf_cmd::BPF_MAP_UPDATE_ELEM, Some(key), value, flags)
     }
 
     /// Removes one entry; `false` if there was none.
@@ -262,10 +294,21 @@ impl RawMap {
     }
 
     fn element(&self, cmd: bpf_cmd, key: Option<&[u8]>, value: *mut u8) -> io::Result<()> {
+        self.element_with(cmd, key, value, BPF_ANY)
+    }
+
+    fn element_with(
+        &self,
+        cmd: bpf_cmd,
+        key: Option<&[u8]>,
+        value: *mut u8,
+        flags: u32,
+    ) -> io::Result<()> {
         let mut attr = zeroed_attr();
         attr.__bindgen_anon_2.map_fd = raw(self.fd.as_fd());
         attr.__bindgen_anon_2.key = key.map_or(0, |key| key.as_ptr() as u64);
         attr.__bindgen_anon_2.__bindgen_anon_1.value = value as u64;
+        attr.__bindgen_anon_2.flags = flags.into();
         // SAFETY: the callers have checked that `key` and `value` have the map's sizes.
         unsafe { bpf(cmd, &mut attr) }.map(drop)
     }

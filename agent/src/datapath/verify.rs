@@ -82,6 +82,7 @@ pub fn verify(switches: Switches) -> Result<Vec<VerifiedProgram>, DatapathError>
         .load(object::OBJECT)
         .map_err(|error| DatapathError::Load(Box::new(error)))?;
     loader::program_names()
+        .chain(loader::BARE_PROGRAMS)
         .map(|name| {
             let start = Instant::now();
             loader::load_program(&mut ebpf, name)?;

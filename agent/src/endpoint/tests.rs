@@ -37,6 +37,8 @@ impl Kernel {
             up: true,
             mac: Some(spec.host_mac().0),
             kind: "veth".into(),
+            link_layer: crate::netlink::LinkLayer::Ethernet,
+            master: None,
         });
         self.next_ifindex
     }

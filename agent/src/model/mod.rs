@@ -15,9 +15,12 @@ pub use service_port::{
     Backend, BackendAddress, BackendState, EndpointSet, Frontend, FrontendKind, HostPort, Owner,
     PodInterface, Scope, ServicePort, ServicePortKey, UnusedBackend,
 };
-pub use services::Problem;
+pub use services::{HealthCheck, Problem};
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 
@@ -35,6 +38,8 @@ pub struct ModelOptions {
     pub exclude_services: Option<LabelSelector>,
     /// Addresses of Services that are left to somebody else.
     pub exclude_cidrs: Vec<IpNet>,
+    /// ClusterIPs are served for clients outside, too.
+    pub cluster_ips_outside: bool,
 }
 
 /// Desired state that belongs to a node.
@@ -58,12 +63,14 @@ pub struct Delta {
     /// Endpoints that Service ports which are still served had, used or not, and that no slice has any
     /// more. They follow from `services` and what was there before.
     pub gone_endpoints: BTreeMap<ServicePortKey, Vec<BackendAddress>>,
+    /// What load balancers may ask this node for, by Service.
+    pub health_checks: BTreeMap<ObjectName, Option<HealthCheck>>,
 }
 
 impl Delta {
     /// Whether nothing has changed.
     pub fn is_empty(&self) -> bool {
-        self.services.is_empty() && self.nodes.is_empty()
+        self.services.is_empty() && self.nodes.is_empty() && self.health_checks.is_empty()
     }
 }
 
@@ -76,6 +83,8 @@ pub struct Model {
     nodes: BTreeMap<String, Node>,
     /// What was last delivered of the nodes that have changed since.
     nodes_before: BTreeMap<String, Option<Node>>,
+    /// Nodes that are being deleted, or will be.
+    leaving: BTreeSet<String>,
     pods: BTreeMap<ObjectName, objects::Pod>,
     namespaces: BTreeMap<ObjectName, objects::Namespace>,
     names: names::Names,
@@ -100,6 +109,11 @@ impl Model {
             Change::Upsert(Object::EndpointSlice(slice)) => self.services.set_slice(slice),
             Change::Upsert(Object::Node(node)) => {
                 let name = node.name.name.clone();
+                if node.leaving {
+                    self.leaving.insert(name.clone());
+                } else {
+                    self.leaving.remove(&name);
+                }
                 self.set_node(name, Some(Node::from(node)));
             }
             Change::Upsert(Object::Pod(pod)) => self.set_pod(pod.name.clone(), Some(pod)),
@@ -109,7 +123,10 @@ impl Model {
             Change::Delete(ObjectKey { kind, name }) => match kind {
                 Kind::Service => self.set_service(name, None),
                 Kind::EndpointSlice => self.services.remove_slice(&name),
-                Kind::Node => self.set_node(name.name, None),
+                Kind::Node => {
+                    self.leaving.remove(&name.name);
+                    self.set_node(name.name, None);
+                }
                 Kind::Pod => self.set_pod(name, None),
                 Kind::Namespace => {
                     self.namespaces.remove(&name);
@@ -137,11 +154,12 @@ impl Model {
                 (name, node)
             })
             .collect();
-        let (services, gone_endpoints) = self.services.take_delta();
+        let services = self.services.take_delta();
         Delta {
-            services,
+            services: services.ports,
             nodes,
-            gone_endpoints,
+            gone_endpoints: services.gone_endpoints,
+            health_checks: services.health_checks,
         }
     }
 
@@ -163,6 +181,16 @@ impl Model {
     /// One node.
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.get(name)
+    }
+
+    /// Whether a node is being deleted, or will be; false when there is no such Node.
+    pub fn is_leaving(&self, node: &str) -> bool {
+        self.leaving.contains(node)
+    }
+
+    /// What load balancers may ask this node for, by Service, as of the last [`Model::take_delta`].
+    pub fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
+        self.services.health_checks()
     }
 
     /// All pods, by namespace and name.

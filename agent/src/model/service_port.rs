@@ -6,6 +6,7 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
 use weir_common::service::{endpoint_set, scope};
 
 use crate::objects::{Family, ObjectName, Protocol};
@@ -293,6 +294,9 @@ pub struct ServicePort {
     /// How long a client keeps its endpoint after its last connection, seconds, 1 to 86400; `None`:
     /// `sessionAffinity` is off.
     pub affinity: Option<u32>,
+    /// The clients that its frontends of kind `LoadBalancer` serve (`loadBalancerSourceRanges`), inside and
+    /// outside, of the key's family and truncated; `None`: all. None if there is no such frontend.
+    pub source_ranges: Option<BTreeSet<IpNet>>,
 }
 
 impl ServicePort {

@@ -6,8 +6,8 @@ use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    address::{AddressAttribute, AddressMessage},
-    link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope},
+    link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     route::{
         RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
@@ -17,8 +17,8 @@ use netlink_packet_route::{
 };
 
 use super::{
-    Address, Change, Link, ROUTE_PROTOCOL, ResolvedRoute, Route, RouteTarget, SERVICE_METRIC,
-    SERVICE_RULE, SERVICE_TABLE, connection::Request,
+    Address, Change, Link, LinkLayer, ROUTE_PROTOCOL, Readiness, ResolvedRoute, Route, RouteTarget,
+    SERVICE_METRIC, SERVICE_RULE, SERVICE_TABLE, connection::Request,
 };
 use crate::objects::Family;
 
@@ -134,6 +134,10 @@ pub(super) fn resolved(message: &RouteMessage) -> Result<ResolvedRoute, String> 
         gateway: hop.gateway,
         mtu,
         local,
+        source: message.attributes.iter().find_map(|a| match a {
+            RouteAttribute::PrefSource(address) => ip(address),
+            _ => None,
+        }),
     })
 }
 
@@ -146,9 +150,12 @@ pub(super) fn link(message: &LinkMessage) -> Link {
         up: message.header.flags.contains(LinkFlags::Up),
         mac: None,
         kind: String::new(),
+        link_layer: link_layer(message.header.link_layer_type),
+        master: None,
     };
     for attribute in &message.attributes {
         match attribute {
+            LinkAttribute::Controller(ifindex) => link.master = Some(*ifindex),
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Address(bytes) => link.mac = bytes.as_slice().try_into().ok(),
@@ -170,17 +177,33 @@ pub(super) fn address(message: &AddressMessage) -> Option<Address> {
     // On a point-to-point link `Address` is the peer and `Local` our own.
     let mut own = None;
     let mut other = None;
+    // The header has room for the first eight flags only.
+    let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
     for attribute in &message.attributes {
         match attribute {
             AddressAttribute::Local(address) => own = Some(*address),
             AddressAttribute::Address(address) => other = Some(*address),
+            AddressAttribute::Flags(all) => flags = *all,
             _ => {}
         }
     }
     let address = IpNet::new(own.or(other)?, message.header.prefix_len).ok()?;
+    let readiness = if flags.contains(AddressFlags::Dadfailed) {
+        Readiness::Taken
+    } else if flags.contains(AddressFlags::Tentative) && !flags.contains(AddressFlags::Optimistic) {
+        Readiness::Tentative
+    } else {
+        Readiness::Ready
+    };
+    // `Secondary` is the flag of temporary addresses too (`IFA_F_TEMPORARY`).
+    let is_second_choice = flags.intersects(AddressFlags::Secondary | AddressFlags::Deprecated);
+    let is_source = message.header.scope == AddressScope::Universe && readiness == Readiness::Ready;
     Some(Address {
         ifindex: message.header.index,
         address,
+        preferred: is_source && !is_second_choice,
+        second_choice: is_source && is_second_choice,
+        readiness,
     })
 }
 
@@ -235,6 +258,17 @@ pub(super) fn route_devices(message: &RouteMessage) -> Vec<u32> {
         RouteType::Unicast => devices(message),
         _ => Vec::new(),
     }
+}
+
+/// Whether it is an IPv6 route of others that says which address to send from.
+pub(super) fn has_ipv6_source(message: &RouteMessage) -> bool {
+    message.header.address_family == AddressFamily::Inet6
+        && message.header.kind == RouteType::Unicast
+        && u8::from(message.header.protocol) != ROUTE_PROTOCOL
+        && message
+            .attributes
+            .iter()
+            .any(|attribute| matches!(attribute, RouteAttribute::PrefSource(_)))
 }
 
 /// The devices that stand in a route of any kind.
@@ -387,5 +421,22 @@ fn family(address: IpAddr) -> AddressFamily {
     match address {
         IpAddr::V4(_) => AddressFamily::Inet,
         IpAddr::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+/// The same list as the kernel's (`dev_is_mac_header_xmit`, include/linux/if_arp.h).
+fn link_layer(kind: LinkLayerType) -> LinkLayer {
+    match kind {
+        LinkLayerType::Ether => LinkLayer::Ethernet,
+        LinkLayerType::Tunnel
+        | LinkLayerType::Tunnel6
+        | LinkLayerType::Sit
+        | LinkLayerType::Ipgre
+        | LinkLayerType::Ip6gre
+        | LinkLayerType::Void
+        | LinkLayerType::None
+        | LinkLayerType::Rawip
+        | LinkLayerType::Ppp => LinkLayer::None,
+        _ => LinkLayer::Other,
     }
 }

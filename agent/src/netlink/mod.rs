@@ -11,13 +11,14 @@ mod convert;
 pub mod defrag_device;
 pub mod host_device;
 pub mod pod;
+mod ports;
 pub mod sock_diag;
 mod socket;
 pub mod sysctl;
 mod veth;
 mod watch;
 
-use std::{fmt, io, net::IpAddr};
+use std::{collections::BTreeSet, fmt, io, net::IpAddr};
 
 use ipnet::IpNet;
 
@@ -63,6 +64,21 @@ pub struct Link {
     pub mac: Option<[u8; 6]>,
     /// Kind as `ip -d link` shows it (`veth`, `vlan` …), or empty for hardware.
     pub kind: String,
+    /// What stands before the network header of its packets.
+    pub link_layer: LinkLayer,
+    /// Interface index of the bridge, bond or VRF that the device belongs to (`IFLA_MASTER`).
+    pub master: Option<u32>,
+}
+
+/// What stands before the network header of a device's packets.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum LinkLayer {
+    /// An Ethernet header (`ARPHRD_ETHER`).
+    Ethernet,
+    /// Nothing: tunnels and point-to-point links.
+    None,
+    /// Another header, which the programs do not know.
+    Other,
 }
 
 /// An address on a device.
@@ -72,6 +88,33 @@ pub struct Address {
     pub ifindex: u32,
     /// The address with its prefix length (not truncated).
     pub address: IpNet,
+    /// The kernel may choose it as the source of what goes anywhere: its scope is global, and it is
+    /// neither secondary, temporary nor deprecated, and ready for use.
+    pub preferred: bool,
+    /// As [`Self::preferred`], but for being secondary, temporary or deprecated: a source where there is no other.
+    pub second_choice: bool,
+    /// Whether it may be used.
+    pub readiness: Readiness,
+}
+
+/// What duplicate address detection (RFC 4862 section 5.4) says of an address; IPv4 has none.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Readiness {
+    /// It is this node's; also while it is detected still, if it may be used meanwhile (optimistic, RFC 4429).
+    Ready,
+    /// It is not known yet whether somebody else has it: the node neither sends from it nor takes packets for it.
+    Tentative,
+    /// Somebody else on the link has it.
+    Taken,
+}
+
+/// What the routes of this node say that concerns all of its traffic.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct RouteFacts {
+    /// Interface indices of the devices with a default route of either family in the main table.
+    pub default_devices: BTreeSet<u32>,
+    /// Some IPv6 route says which address to send from.
+    pub ipv6_has_sources: bool,
 }
 
 /// How the kernel would send to a destination.
@@ -85,6 +128,8 @@ pub struct ResolvedRoute {
     pub mtu: Option<u32>,
     /// The destination is an address of this node.
     pub local: bool,
+    /// The address that the kernel would send from (`RTA_PREFSRC`).
+    pub source: Option<IpAddr>,
 }
 
 /// What changed. Bursts are merged; a lost message of the kernel shows as `Changed`.
@@ -328,5 +373,21 @@ impl Link {
             && self
                 .mac
                 .is_some_and(|mac| mac[..2] == weir_common::endpoint::HOST_MAC_PREFIX)
+    }
+
+    /// Whether it is one of the devices that Weir makes for itself.
+    pub fn is_own_device(&self) -> bool {
+        let own = [
+            host_device::HOST_DEVICE,
+            host_device::NET_DEVICE,
+            defrag_device::DEFRAG_DEVICE,
+        ];
+        self.kind == "veth" && own.contains(&self.name.as_str())
+    }
+
+    /// Whether it is a device by which the node talks to others: neither the loopback device, nor a
+    /// pod's, nor one of Weir's own.
+    pub fn is_of_node(&self) -> bool {
+        self.name != "lo" && !self.is_pod_device() && !self.is_own_device()
     }
 }

@@ -22,7 +22,7 @@ use tokio::{
 
 use super::{
     Address, Change, Link, NetlinkError, NetlinkEvent, ROUTE_PROTOCOL, Refusal, ResolvedRoute,
-    Route, SERVICE_TABLE,
+    Route, RouteFacts, SERVICE_TABLE,
     connection::{Connection, Reply},
     convert,
     defrag_device::{self, DEFRAG_DEVICE},
@@ -111,14 +111,21 @@ impl Netlink {
             .collect())
     }
 
-    /// Interface indices of the devices with a default route of either family in the main table.
-    pub async fn default_route_devices(&self) -> Result<BTreeSet<u32>, NetlinkError> {
-        let messages = self.routes(RouteHeader::RT_TABLE_MAIN, None).await?;
-        Ok(messages
-            .iter()
-            .filter(|message| message.header.destination_prefix_length == 0)
-            .flat_map(convert::route_devices)
-            .collect())
+    /// What the node's routes say that concerns all of its traffic.
+    pub async fn route_facts(&self) -> Result<RouteFacts, NetlinkError> {
+        let messages = self.routes(RouteHeader::RT_TABLE_UNSPEC, None).await?;
+        let is_default = |message: &&RouteMessage| {
+            message.header.table == RouteHeader::RT_TABLE_MAIN
+                && message.header.destination_prefix_length == 0
+        };
+        Ok(RouteFacts {
+            default_devices: messages
+                .iter()
+                .filter(is_default)
+                .flat_map(convert::route_devices)
+                .collect(),
+            ipv6_has_sources: messages.iter().any(convert::has_ipv6_source),
+        })
     }
 
     /// How the kernel would send to an address.
@@ -145,6 +152,22 @@ impl Netlink {
             Ok(destinations
                 .into_iter()
                 .zip(replies.into_iter().map(resolved))
+                .collect())
+        });
+        Ok(answers.await?)
+    }
+
+    /// Whether the node takes packets for each of many addresses, by its routes; `None`: the kernel does not tell.
+    pub async fn are_local(
+        &self,
+        addresses: BTreeSet<IpAddr>,
+    ) -> Result<BTreeMap<IpAddr, Option<bool>>, NetlinkError> {
+        let answers = blocking(&self.requests, move |connection| {
+            let requests = addresses.iter().copied().map(convert::route_query);
+            let replies = connection.exchange(requests.collect())?;
+            Ok(addresses
+                .into_iter()
+                .zip(replies.into_iter().map(is_local))
                 .collect())
         });
         Ok(answers.await?)
@@ -301,6 +324,23 @@ fn resolved(reply: Reply) -> Result<ResolvedRoute, String> {
     }
 }
 
+/// A refusal tells that there is no way, or only one that ends here, by these numbers alone: the kernel has one for each
+/// of no route and the types `unreachable`, `prohibit` and `blackhole` (`fib_props` in net/ipv4/fib_semantics.c,
+/// `fib6_null_entry` and its like in net/ipv6/route.c).
+fn is_local(reply: Reply) -> Option<bool> {
+    const NO_WAY: [i32; 4] = [
+        libc::ENETUNREACH,
+        libc::EHOSTUNREACH,
+        libc::EACCES,
+        libc::EINVAL,
+    ];
+    match reply {
+        Err(refusal) => NO_WAY.contains(&refusal.errno).then_some(false),
+        Ok(messages) if messages.is_empty() => None,
+        reply => Some(resolved(reply).is_ok_and(|way| way.local)),
+    }
+}
+
 fn failure(change: Change, reply: Reply) -> Option<NetlinkError> {
     let refusal: Refusal = reply.err()?;
     (!convert::is_done_already(&change, refusal.errno))
@@ -316,4 +356,29 @@ async fn blocking<T: Send + 'static>(
     task::spawn_blocking(move || work(&mut connection))
         .await
         .unwrap_or_else(|panic| Err(io::Error::other(panic)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_lack_of_a_way_says_that_an_address_is_not_the_node_s() {
+        for (errno, said) in [
+            (libc::ENETUNREACH, Some(false)),
+            (libc::EHOSTUNREACH, Some(false)),
+            (libc::EACCES, Some(false)),
+            (libc::EINVAL, Some(false)),
+            (libc::ENOBUFS, None),
+            (libc::ENOMEM, None),
+            (libc::EPERM, None),
+        ] {
+            let refusal = Refusal {
+                errno,
+                explanation: None,
+            };
+            assert_eq!(is_local(Err(refusal)), said, "{errno}");
+        }
+        assert_eq!(is_local(Ok(Vec::new())), None);
+    }
 }

@@ -7,6 +7,7 @@
 //! | `net/ipv4/ip_forward` | 1 | packets that the programs hand to the stack are routed: pod to outside, host ports |
 //! | `net/ipv6/conf/all/forwarding` | 1 | the same for IPv6 |
 //! | `net/ipv6/conf/DEV/accept_ra` | 2 where it is 1 | with forwarding on, 1 means that router advertisements are ignored, and the node loses its default route; set before forwarding is, which throws such routes away |
+//! | `net/ipv4/ip_local_reserved_ports` | with the NAT range, where that overlaps `net/ipv4/ip_local_port_range`, and NodePorts and HostPorts within it | no process gets a port by itself that translated connections have, or at which a Service is served |
 //! | `net/ipv4/conf/VETH/rp_filter` | 0 | what a pod's replies look like to the stack is translated: their source may be a Service address, which no route leads to the pod for |
 //! | `net/ipv4/conf/VETH/forwarding` | 1 | as above; a new device has it from `default`, which others may have set |
 //! | `net/ipv6/conf/VETH/accept_ra` | 0 | a pod is no router |
@@ -16,15 +17,22 @@
 //! is the greater of the device's and that of `all`: strict filtering in `all` cannot be undone per
 //! device and is reported by [`strict_rp_filter`] instead of being changed under the operator's hands.
 
+mod reserved_ports;
+
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, Read as _},
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
+use reserved_ports::RESERVED_PORTS;
+
 const PROC_SYS: &str = "/proc/sys";
+/// Room for any value, bytes: every other port, with its comma.
+const LONGEST: usize = 256 << 10;
 const STORE: &str = "sysctls.json";
 
 /// Why a switch could not be read, set or remembered.
@@ -143,10 +151,19 @@ impl Sysctls {
         Ok(true)
     }
 
+    /// Switches that Weir has changed, by their paths below `/proc/sys`.
+    pub fn changed(&self) -> Vec<String> {
+        self.changed.keys().cloned().collect()
+    }
+
     /// Puts back every switch that still has the value Weir gave it, forgets all, and returns what
     /// could not be put back.
     pub fn restore(&mut self) -> Vec<SysctlError> {
         let mut errors = Vec::new();
+        if self.changed.contains_key(RESERVED_PORTS) {
+            errors.extend(self.give_ports_back().err());
+            self.changed.remove(RESERVED_PORTS);
+        }
         for (key, changed) in std::mem::take(&mut self.changed) {
             let path = self.root.join(&key);
             match read(&path) {
@@ -250,8 +267,16 @@ fn set_if_different(path: &Path, value: &str) -> Result<(), SysctlError> {
     write(path, value)
 }
 
+/// In one read: the kernel gives a switch from its beginning and nothing after the first read, so that a list of
+/// ports longer than the reader's room would be cut short.
 fn read(path: &Path) -> Result<String, SysctlError> {
-    match fs::read_to_string(path) {
+    let whole = || {
+        let mut buffer = vec![0; LONGEST];
+        let length = fs::File::open(path)?.read(&mut buffer)?;
+        buffer.truncate(length);
+        String::from_utf8(buffer).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    };
+    match whole() {
         Ok(text) => Ok(text.trim().to_owned()),
         Err(source) => Err(SysctlError::Read {
             path: path.to_owned(),
@@ -260,8 +285,9 @@ fn read(path: &Path) -> Result<String, SysctlError> {
     }
 }
 
+/// With the end of a line: nothing would be written for an empty value, and the switch stay as it is.
 fn write(path: &Path, value: &str) -> Result<(), SysctlError> {
-    fs::write(path, value).map_err(|source| SysctlError::Write {
+    fs::write(path, format!("{value}\n")).map_err(|source| SysctlError::Write {
         path: path.to_owned(),
         value: value.to_owned(),
         source,
@@ -272,7 +298,7 @@ fn write(path: &Path, value: &str) -> Result<(), SysctlError> {
 mod tests {
     use super::*;
 
-    fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
+    pub fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for (path, value) in files {
             let path = root.path().join(path);
@@ -282,7 +308,7 @@ mod tests {
         root
     }
 
-    fn value(root: &tempfile::TempDir, path: &str) -> String {
+    pub fn value(root: &tempfile::TempDir, path: &str) -> String {
         read(&root.path().join(path)).unwrap()
     }
 

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, io, time::Duration};
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    link::{LinkAttribute, LinkFlags, LinkMessage},
+    link::{LinkFlags, LinkMessage},
     route::RouteFlags,
 };
 use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, TokioSocket, protocols::NETLINK_ROUTE};
@@ -71,7 +71,15 @@ async fn list(netlink: &Netlink) -> Result<BTreeMap<u32, Known>, NetlinkError> {
     let links = netlink.links().await?;
     Ok(links
         .into_iter()
-        .map(|link| (link.ifindex, Known { link, state: None }))
+        .map(|link| {
+            (
+                link.ifindex,
+                Known {
+                    link,
+                    carrier: None,
+                },
+            )
+        })
         .collect())
 }
 
@@ -79,20 +87,16 @@ async fn list(netlink: &Netlink) -> Result<BTreeMap<u32, Known>, NetlinkError> {
 #[derive(Eq, PartialEq)]
 struct Known {
     link: Link,
-    /// Carrier and master, once a notification has told.
-    state: Option<(bool, Option<u32>)>,
+    /// Carrier, once a notification has told.
+    carrier: Option<bool>,
 }
 
 impl Known {
     fn from_message(message: &LinkMessage) -> Self {
         let carrier = message.header.flags.contains(LinkFlags::Running);
-        let master = message.attributes.iter().find_map(|a| match a {
-            LinkAttribute::Controller(ifindex) => Some(*ifindex),
-            _ => None,
-        });
         Self {
             link: convert::link(message),
-            state: Some((carrier, master)),
+            carrier: Some(carrier),
         }
     }
 }

@@ -6,6 +6,10 @@
 //! network have changed, and applies the difference of two plans to the maps. It never touches a map.
 
 mod claims;
+#[cfg(test)]
+mod device_tests;
+pub mod devices;
+mod node_ports;
 pub mod plan;
 #[cfg(test)]
 mod plan_tests;
@@ -15,7 +19,10 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 
-pub use self::plan::{NodePlan, PlanChanges, Snapshot};
+pub use self::{
+    node_ports::NodePortAddresses,
+    plan::{NodePlan, PlanChanges, Snapshot},
+};
 use crate::{
     model,
     netlink::{Netlink, NetlinkError},
@@ -29,6 +36,8 @@ pub struct NodeSettings {
     pub devices: Vec<String>,
     /// MTU of the pods' devices, bytes; `None`: the smallest of the devices.
     pub mtu: Option<u32>,
+    /// Where NodePorts are served.
+    pub node_port_addresses: NodePortAddresses,
 }
 
 /// How packets for the pods of a node are sent.
@@ -40,6 +49,9 @@ pub struct NodeHop {
     pub gateway: IpAddr,
     /// MTU of the way, bytes (layer 3).
     pub mtu: u32,
+    /// The address that this node sends from towards there, of the family of the packets, as the kernel's
+    /// route tells, else the device's; `None`: it has none.
+    pub source: Option<IpAddr>,
 }
 
 /// A node's next hop of one family, or why there is none.
@@ -109,10 +121,12 @@ impl NodeManager {
         netlink: &Netlink,
     ) -> Result<NodePlan, NetlinkError> {
         let cluster = plan::Cluster::new(&self.name, nodes);
+        let routes = netlink.route_facts().await?;
         let mut snapshot = Snapshot {
             links: netlink.links().await?,
             addresses: netlink.addresses().await?,
-            default_route_devices: netlink.default_route_devices().await?,
+            default_route_devices: routes.default_devices,
+            ipv6_routes_have_sources: routes.ipv6_has_sources,
             resolved: netlink.route_get_all(cluster.node_addresses()).await?,
         };
         let wanted = cluster.routes(&snapshot);

@@ -11,11 +11,14 @@ use ipnet::IpNet;
 use weir_common::ipcache::{class, flag};
 
 use super::{
-    HopOutcome, HopRef, IpcacheChange, IpcacheTarget, NodeHop, NodeSettings, claims::Claims,
+    HopOutcome, HopRef, IpcacheChange, IpcacheTarget, NodeHop, NodeSettings,
+    claims::Claims,
+    devices::{self, SourceAddresses},
+    node_ports::Candidates,
 };
 use crate::{
     model,
-    netlink::{Address, Link, ResolvedRoute, Route},
+    netlink::{Address, Link, LinkLayer, Readiness, ResolvedRoute, Route},
     objects::Family,
 };
 
@@ -35,6 +38,8 @@ pub struct Snapshot {
     pub addresses: Vec<Address>,
     /// Interface indices of the devices with a default route.
     pub default_route_devices: BTreeSet<u32>,
+    /// Some IPv6 route of this node says which address to send from.
+    pub ipv6_routes_have_sources: bool,
     /// Ways to the addresses that [`Cluster`] asks for, or why there is none.
     pub resolved: BTreeMap<IpAddr, Result<ResolvedRoute, String>>,
 }
@@ -44,11 +49,20 @@ pub struct Snapshot {
 pub struct NodePlan {
     /// Devices to attach to: interface index and name.
     pub devices: BTreeMap<u32, String>,
+    /// Those of them by which this node is reached or reaches others, by interface index; all that the setting `devices`
+    /// names.
+    pub leading: BTreeSet<u32>,
+    /// What every device of the node sends from, by interface index, those of `devices` included; the
+    /// loopback device, pods' and Weir's own are not among them.
+    pub sources: BTreeMap<u32, SourceAddresses>,
     /// Next hop of every other node for every family it has an address or a pod range of.
     pub hops: BTreeMap<(String, Family), HopOutcome>,
     /// Content of the ipcache, Services' addresses apart. Entries of the class `SERVICE` for the
     /// same address are to be preferred: a Service address may stand on a device.
     pub ipcache: BTreeMap<IpNet, IpcacheTarget>,
+    /// Every address on any device of this node, also those that nothing is served at, but for those that are somebody
+    /// else's.
+    pub addresses: BTreeSet<IpAddr>,
     /// Pod ranges of this node.
     pub pod_cidrs: Vec<IpNet>,
     /// MTU of the pods' devices, bytes.
@@ -66,6 +80,8 @@ pub struct PlanChanges {
     pub attach: BTreeMap<u32, String>,
     /// Devices to detach from; they may be gone.
     pub detach: BTreeMap<u32, String>,
+    /// Devices that have come, or send from other addresses, by interface index; `None`: gone.
+    pub sources: BTreeMap<u32, Option<SourceAddresses>>,
     /// Next hops that are new or different; `None`: nobody needs it any more.
     pub hops: BTreeMap<(String, Family), Option<HopOutcome>>,
     /// Ipcache entries.
@@ -142,6 +158,12 @@ impl<'a> Cluster<'a> {
     /// Everything the data path should know.
     pub fn plan(&self, settings: &NodeSettings, snapshot: &Snapshot) -> NodePlan {
         let mut plan = NodePlan {
+            addresses: snapshot
+                .addresses
+                .iter()
+                .filter(|a| a.readiness != Readiness::Taken)
+                .map(|a| a.address.addr())
+                .collect(),
             pod_cidrs: self.ranges_of(self.own).to_vec(),
             problems: self.claims.problems.clone(),
             ..NodePlan::default()
@@ -152,10 +174,14 @@ impl<'a> Cluster<'a> {
                 self.own
             ));
         }
-        plan.hops = self.hops(snapshot);
-        self.fill_ipcache(snapshot, &mut plan);
-        self.choose_devices(settings, snapshot, &mut plan);
-        choose_mtu(settings, snapshot, &mut plan);
+        plan.sources = devices::source_addresses(snapshot, self.own_addresses());
+        plan.hops = self.hops(snapshot, &plan.sources);
+        self.fill_ipcache(settings, snapshot, &mut plan);
+        let leading = self.choose_devices(settings, snapshot, &mut plan);
+        choose_mtu(settings, snapshot, &leading, &mut plan);
+        plan.leading = leading;
+        let vrfs = devices::in_vrfs(snapshot, &plan.devices);
+        plan.problems.extend(vrfs);
         plan
     }
 
@@ -171,7 +197,18 @@ impl<'a> Cluster<'a> {
         self.ranges.get(node).map_or(&[], Vec::as_slice)
     }
 
-    fn hops(&self, snapshot: &Snapshot) -> BTreeMap<(String, Family), HopOutcome> {
+    /// Addresses in the status of this node's Node object.
+    fn own_addresses(&self) -> &[IpAddr] {
+        self.nodes
+            .get(self.own)
+            .map_or(&[][..], |node| node.addresses.as_slice())
+    }
+
+    fn hops(
+        &self,
+        snapshot: &Snapshot,
+        sources: &BTreeMap<u32, SourceAddresses>,
+    ) -> BTreeMap<(String, Family), HopOutcome> {
         let links = by_index(snapshot);
         let mut hops = BTreeMap::new();
         for (name, node) in self.others() {
@@ -181,7 +218,7 @@ impl<'a> Cluster<'a> {
                 let Some(target) = range.map(IpNet::addr).or(address.copied()) else {
                     continue;
                 };
-                let mut hop = hop_to(target, range.is_some(), &links, snapshot);
+                let mut hop = hop_to(target, range.is_some(), &links, snapshot, sources);
                 if let (Err(reason), None) = (&mut hop, gateway_for(node, family)) {
                     reason.insert_str(
                         0,
@@ -194,7 +231,7 @@ impl<'a> Cluster<'a> {
         hops
     }
 
-    fn fill_ipcache(&self, snapshot: &Snapshot, plan: &mut NodePlan) {
+    fn fill_ipcache(&self, settings: &NodeSettings, snapshot: &Snapshot, plan: &mut NodePlan) {
         let links = by_index(snapshot);
         for (name, _) in self.others() {
             for range in self.ranges_of(name) {
@@ -217,24 +254,54 @@ impl<'a> Cluster<'a> {
             };
             plan.ipcache.insert((*address).into(), target);
         }
-        let on_devices = snapshot
-            .addresses
-            .iter()
-            .filter(|a| {
+        let of_node = || {
+            snapshot.addresses.iter().filter(|a| {
                 links
                     .get(&a.ifindex)
                     .is_some_and(|link| !link.is_pod_device())
             })
-            .map(|a| a.address.addr());
-        let in_status = self
-            .nodes
-            .get(self.own)
-            .into_iter()
-            .flat_map(|node| node.addresses.iter().copied());
-        for address in on_devices.chain(in_status).filter(|a| !is_nobodys(*a)) {
+        };
+        let with = |readiness| {
+            of_node()
+                .filter(move |a| a.readiness == readiness)
+                .map(|a| a.address.addr())
+        };
+        let ready: BTreeSet<IpAddr> = with(Readiness::Ready).collect();
+        let taken: BTreeSet<IpAddr> = with(Readiness::Taken).collect();
+        // What the status names and no device has may be translated elsewhere.
+        let is_pending = |address: &IpAddr| {
+            !ready.contains(address) && of_node().any(|a| a.address.addr() == *address)
+        };
+        let in_status = self.own_addresses().iter().copied();
+        let in_status = in_status.filter(|address| !is_pending(address));
+        let all: BTreeSet<IpAddr> = ready
+            .iter()
+            .copied()
+            .chain(in_status)
+            .filter(|a| !is_nobodys(*a))
+            .collect();
+        plan.problems.extend(taken.iter().map(|address| {
+            format!(
+                "another host on the link has the address {address} too (duplicate address detection has failed): \
+                 nothing is served there; remove it from one of them"
+            )
+        }));
+        let candidates = Candidates {
+            all: &all,
+            of_status: self.own_addresses(),
+            devices: &settings.devices,
+        };
+        let (with_node_ports, problems) = settings.node_port_addresses.choose(candidates, snapshot);
+        plan.problems.extend(problems);
+        for address in all {
+            let node_ports = if with_node_ports.contains(&address) {
+                flag::NODE_PORTS
+            } else {
+                0
+            };
             let this_node = IpcacheTarget {
                 class: class::THIS_NODE,
-                flags: flag::NODE_PORTS,
+                flags: node_ports | flag::HOST_PORTS,
                 hop: HopRef::Host,
             };
             let before = plan.ipcache.insert(address.into(), this_node);
@@ -269,52 +336,58 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    fn choose_devices(&self, settings: &NodeSettings, snapshot: &Snapshot, plan: &mut NodePlan) {
-        let links = by_index(snapshot);
+    /// Gives those that lead to other nodes and outside: the MTU of pods is theirs.
+    fn choose_devices(
+        &self,
+        settings: &NodeSettings,
+        snapshot: &Snapshot,
+        plan: &mut NodePlan,
+    ) -> BTreeSet<u32> {
         if !settings.devices.is_empty() {
             for name in &settings.devices {
                 match snapshot.links.iter().find(|link| link.name == *name) {
-                    Some(link) => {
-                        plan.devices.insert(link.ifindex, name.clone());
-                    }
+                    Some(link) => plan.serve(link),
                     None => plan.problems.push(format!(
                         "the device {name} of the setting `devices` does not exist"
                     )),
                 }
             }
-            return;
+            return plan.devices.keys().copied().collect();
         }
-        let own_addresses = self
-            .nodes
-            .get(self.own)
-            .map_or(&[][..], |node| node.addresses.as_slice());
-        let with_own_address = snapshot
-            .addresses
-            .iter()
-            .filter(|a| own_addresses.contains(&a.address.addr()))
-            .map(|a| a.ifindex);
         let of_hops = plan.hops.values().flatten().map(|hop| hop.ifindex);
-        let found: BTreeMap<u32, String> = snapshot
-            .default_route_devices
-            .iter()
-            .copied()
-            .chain(with_own_address)
-            .chain(of_hops)
-            .filter(|ifindex| is_usable(&links, *ifindex))
-            .filter_map(|ifindex| Some((ifindex, links.get(&ifindex)?.name.clone())))
-            .collect();
-        if found.is_empty() {
+        let leading = devices::leading(snapshot, self.own_addresses(), of_hops);
+        if leading.is_empty() {
             plan.problems.push(
                 "no device with a default route or an address of this node was found; name the \
                  devices in the setting `devices`"
                     .to_owned(),
             );
         }
-        plan.devices = found;
+        let links = by_index(snapshot);
+        for ifindex in leading.union(&devices::addressed(snapshot)) {
+            if let Some(link) = links.get(ifindex) {
+                plan.serve(link);
+            }
+        }
+        leading
     }
 }
 
 impl NodePlan {
+    /// The programs are to be attached to a device, if there are any for its kind.
+    fn serve(&mut self, link: &Link) {
+        if link.link_layer == LinkLayer::Other {
+            self.problems.push(format!(
+                "the packets of device {} have a header that is neither Ethernet's nor none, so it is not served: \
+                 what comes in there reaches no NodePort, and pods keep their own address there; name the devices \
+                 to be served in `devices`, without it",
+                link.name
+            ));
+        } else {
+            self.devices.insert(link.ifindex, link.name.clone());
+        }
+    }
+
     /// What has changed from `before` to this plan.
     pub fn changes_since(&self, before: &Self) -> PlanChanges {
         let mut ipcache: Vec<IpcacheChange> = differences(&before.ipcache, &self.ipcache)
@@ -329,6 +402,9 @@ impl NodePlan {
         PlanChanges {
             attach: missing(&self.devices, &before.devices),
             detach: missing(&before.devices, &self.devices),
+            sources: differences(&before.sources, &self.sources)
+                .map(|(ifindex, sources)| (*ifindex, sources.copied()))
+                .collect(),
             hops: differences(&before.hops, &self.hops)
                 .map(|(key, hop)| (key.clone(), hop.cloned()))
                 .collect(),
@@ -378,6 +454,7 @@ fn hop_to(
     is_pod_range: bool,
     links: &BTreeMap<u32, &Link>,
     snapshot: &Snapshot,
+    sources: &BTreeMap<u32, SourceAddresses>,
 ) -> HopOutcome {
     let way = match snapshot.resolved.get(&target) {
         Some(Ok(way)) => way,
@@ -401,18 +478,28 @@ fn hop_to(
             link.name
         ));
     }
+    let of_device = sources.get(&way.ifindex).copied().unwrap_or_default();
     Ok(NodeHop {
+        source: way
+            .source
+            .filter(|source| !is_nobodys(*source))
+            .or_else(|| of_device.of_family(target)),
         ifindex: way.ifindex,
         gateway: way.gateway.unwrap_or(target),
         mtu: way.mtu.unwrap_or(MAX_MTU).min(link.mtu).min(MAX_MTU),
     })
 }
 
-fn choose_mtu(settings: &NodeSettings, snapshot: &Snapshot, plan: &mut NodePlan) {
+fn choose_mtu(
+    settings: &NodeSettings,
+    snapshot: &Snapshot,
+    devices: &BTreeSet<u32>,
+    plan: &mut NodePlan,
+) {
     let smallest = snapshot
         .links
         .iter()
-        .filter(|link| plan.devices.contains_key(&link.ifindex))
+        .filter(|link| devices.contains(&link.ifindex))
         .map(|link| link.mtu.min(MAX_MTU))
         .min();
     plan.mtu = settings.mtu.or(smallest).unwrap_or(DEFAULT_MTU);
@@ -445,7 +532,7 @@ fn is_on_link(way: &ResolvedRoute) -> bool {
 }
 
 /// Addresses that mean something on their own link or node only.
-fn is_nobodys(address: IpAddr) -> bool {
+pub(super) fn is_nobodys(address: IpAddr) -> bool {
     let link_local = match address {
         IpAddr::V4(address) => address.is_link_local(),
         IpAddr::V6(address) => address.is_unicast_link_local(),

@@ -17,26 +17,26 @@ use super::{
 };
 use crate::{
     model::Node,
-    netlink::{Address, Link, ResolvedRoute, Route},
+    netlink::{Address, Link, LinkLayer, Readiness, ResolvedRoute, Route},
     objects::Family,
 };
 
-const LO: u32 = 1;
-const ETH0: u32 = 2;
-const ETH1: u32 = 3;
-const DOCKER0: u32 = 4;
-const POD: u32 = 5;
-const TUN: u32 = 6;
+pub(super) const LO: u32 = 1;
+pub(super) const ETH0: u32 = 2;
+pub(super) const ETH1: u32 = 3;
+pub(super) const DOCKER0: u32 = 4;
+pub(super) const POD: u32 = 5;
+pub(super) const TUN: u32 = 6;
 
-fn address(text: &str) -> IpAddr {
+pub(super) fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-fn range(text: &str) -> IpNet {
+pub(super) fn range(text: &str) -> IpNet {
     text.parse().unwrap()
 }
 
-fn link(ifindex: u32, name: &str, mtu: u32, kind: &str) -> Link {
+pub(super) fn link(ifindex: u32, name: &str, mtu: u32, kind: &str) -> Link {
     Link {
         ifindex,
         name: name.to_owned(),
@@ -44,21 +44,27 @@ fn link(ifindex: u32, name: &str, mtu: u32, kind: &str) -> Link {
         up: true,
         mac: Some([2, 0, 0, 0, 0, 1]),
         kind: kind.to_owned(),
+        link_layer: LinkLayer::Ethernet,
+        master: None,
     }
 }
 
-fn snapshot() -> Snapshot {
+pub(super) fn snapshot() -> Snapshot {
     let pod = Link {
         mac: Some(host_mac(7).0),
         ..link(POD, "pod7", 1500, "veth")
     };
     let tun = Link {
         mac: None,
+        link_layer: LinkLayer::None,
         ..link(TUN, "tun0", 1420, "tun")
     };
     let on = |ifindex, text: &str| Address {
         ifindex,
         address: range(text),
+        preferred: true,
+        second_choice: false,
+        readiness: Readiness::Ready,
     };
     Snapshot {
         links: vec![
@@ -81,29 +87,32 @@ fn snapshot() -> Snapshot {
             on(POD, "10.99.99.99/32"),
         ],
         default_route_devices: BTreeSet::from([ETH0]),
+        ipv6_routes_have_sources: false,
         resolved: BTreeMap::new(),
     }
 }
 
-fn on_link(ifindex: u32) -> Result<ResolvedRoute, String> {
+pub(super) fn on_link(ifindex: u32) -> Result<ResolvedRoute, String> {
     Ok(ResolvedRoute {
         ifindex,
         gateway: None,
         mtu: None,
         local: false,
+        source: None,
     })
 }
 
-fn through(ifindex: u32, gateway: &str) -> Result<ResolvedRoute, String> {
+pub(super) fn through(ifindex: u32, gateway: &str) -> Result<ResolvedRoute, String> {
     Ok(ResolvedRoute {
         ifindex,
         gateway: Some(address(gateway)),
         mtu: None,
         local: false,
+        source: None,
     })
 }
 
-fn node(addresses: &[&str], pod_cidrs: &[&str]) -> Node {
+pub(super) fn node(addresses: &[&str], pod_cidrs: &[&str]) -> Node {
     Node {
         addresses: addresses.iter().map(|a| address(a)).collect(),
         pod_cidrs: pod_cidrs.iter().map(|r| range(r)).collect(),
@@ -111,17 +120,17 @@ fn node(addresses: &[&str], pod_cidrs: &[&str]) -> Node {
     }
 }
 
-fn nodes(list: &[(&str, Node)]) -> BTreeMap<String, Node> {
+pub(super) fn nodes(list: &[(&str, Node)]) -> BTreeMap<String, Node> {
     list.iter()
         .map(|(name, node)| ((*name).to_owned(), node.clone()))
         .collect()
 }
 
-fn plan(nodes: &BTreeMap<String, Node>, snapshot: &Snapshot) -> NodePlan {
+pub(super) fn plan(nodes: &BTreeMap<String, Node>, snapshot: &Snapshot) -> NodePlan {
     Cluster::new("m", nodes).plan(&NodeSettings::default(), snapshot)
 }
 
-fn own() -> (&'static str, Node) {
+pub(super) fn own() -> (&'static str, Node) {
     let ranges = ["10.0.0.0/24", "fd00:0:0:1::/64"];
     ("m", node(&["192.0.2.1", "2001:db8::1"], &ranges))
 }
@@ -163,7 +172,11 @@ fn the_ipcache_tells_whose_an_address_is() {
     .into_iter()
     .map(|(prefix, class, hop)| {
         let flags = match class {
-            class::THIS_NODE => flag::NODE_PORTS,
+            // NodePorts are served at the device with the default route, and at the addresses of the Node.
+            class::THIS_NODE if ["192.0.2.1/32", "2001:db8::1/128"].contains(&prefix) => {
+                flag::NODE_PORTS | flag::HOST_PORTS
+            }
+            class::THIS_NODE => flag::HOST_PORTS,
             _ => 0,
         };
         (range(prefix), IpcacheTarget { class, flags, hop })
@@ -359,13 +372,14 @@ fn devices_are_those_that_lead_out() {
     snapshot.resolved = BTreeMap::from([(address("192.0.2.2"), on_link(ETH1))]);
     let found = plan(&nodes, &snapshot);
     let names: Vec<&str> = found.devices.values().map(String::as_str).collect();
-    // docker0 carries this node's address here, eth1 leads to b.
+    // docker0 carries this node's address here, eth1 has none and leads to b.
     assert_eq!(names, ["eth0", "eth1", "docker0"]);
     assert_eq!(found.mtu, 1300);
 
     let settings = NodeSettings {
         devices: vec!["eth1".to_owned(), "eth7".to_owned()],
         mtu: Some(1100),
+        ..NodeSettings::default()
     };
     let set = Cluster::new("m", &nodes).plan(&settings, &snapshot);
     assert_eq!(set.devices, BTreeMap::from([(ETH1, "eth1".to_owned())]));
@@ -420,9 +434,11 @@ fn differences_lead_from_one_plan_to_the_next_and_back_to_nothing() {
     for step in steps {
         let changes = step.changes_since(&state);
         apply(&mut state, &changes);
+        state.addresses.clone_from(&step.addresses);
         state.pod_cidrs.clone_from(&step.pod_cidrs);
         state.mtu = step.mtu;
         state.problems.clone_from(&step.problems);
+        state.leading.clone_from(&step.leading);
         assert_eq!(state, step);
         assert!(step.changes_since(&state).is_empty());
     }
@@ -433,6 +449,12 @@ fn apply(state: &mut NodePlan, changes: &PlanChanges) {
     state
         .devices
         .retain(|ifindex, _| !changes.detach.contains_key(ifindex));
+    for (ifindex, sources) in &changes.sources {
+        match sources {
+            Some(sources) => state.sources.insert(*ifindex, *sources),
+            None => state.sources.remove(ifindex),
+        };
+    }
     for (key, hop) in &changes.hops {
         match hop {
             Some(hop) => state.hops.insert(key.clone(), hop.clone()),

@@ -12,11 +12,15 @@ use weir_common::affinity;
 
 use super::{
     EndpointSlice, Family, Hints, Kind, Namespace, Node, ObjectKey, ObjectName, Pod, Protocol,
-    Service, ServicePort, ServiceType, SliceEndpoint, SlicePort, SocketTranslation, TrafficPolicy,
+    Service, ServicePort, ServiceType, SliceEndpoint, SlicePort, SocketTranslation, SourceRanges,
+    TrafficPolicy,
 };
 
 /// Label of an EndpointSlice that names its Service.
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+
+/// Taint that the cluster autoscaler puts on a Node before it removes it.
+const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
 /// `clusterIP` of a headless Service.
 const NO_CLUSTER_IP: &str = "None";
@@ -120,9 +124,13 @@ impl TryFrom<core::Service> for Service {
                     unicast_address(field, &text)
                 })?,
                 load_balancer_ips: load_balancer_ips(ingress)?,
-                has_source_ranges: spec
-                    .load_balancer_source_ranges
-                    .is_some_and(|ranges| !ranges.is_empty()),
+                health_check_node_port: node_port(
+                    "spec.healthCheckNodePort",
+                    spec.health_check_node_port,
+                )?,
+                source_ranges: SourceRanges::parse(
+                    spec.load_balancer_source_ranges.unwrap_or_default(),
+                ),
                 internal_policy: traffic_policy(
                     "spec.internalTrafficPolicy",
                     spec.internal_traffic_policy.as_deref(),
@@ -238,12 +246,14 @@ fn service_port(field: &str, from: core::ServicePort) -> Result<ServicePort, Bad
         name: from.name.unwrap_or_default(),
         protocol: protocol(field, from.protocol.as_deref())?,
         port: port(field, from.port)?,
-        node_port: match from.node_port {
-            None | Some(0) => 0,
-            Some(number) => u16::try_from(number)
-                .map_err(|_| BadField::new(format!("{field}.nodePort"), number, PORT_RANGE))?,
-        },
+        node_port: node_port(&format!("{field}.nodePort"), from.node_port)?,
     })
+}
+
+/// A port of the node; 0 if there is none (yet).
+fn node_port(field: &str, number: Option<i32>) -> Result<u16, BadField> {
+    let number = number.unwrap_or_default();
+    u16::try_from(number).map_err(|_| BadField::new(field, number, PORT_RANGE))
 }
 
 impl TryFrom<discovery::EndpointSlice> for EndpointSlice {
@@ -343,6 +353,7 @@ impl TryFrom<core::Node> for Node {
 
     fn try_from(mut from: core::Node) -> Result<Self, InvalidObject> {
         let labels = from.metadata.labels.take().unwrap_or_default();
+        let is_being_deleted = from.metadata.deletion_timestamp.is_some();
         named(Kind::Node, &mut from.metadata, |name| {
             let addresses = from.status.and_then(|status| status.addresses);
             let addresses = indexed("status.addresses", addresses, |field, from| {
@@ -362,6 +373,7 @@ impl TryFrom<core::Node> for Node {
                     .collect()
             };
             let spec = from.spec.unwrap_or_default();
+            let taints = spec.taints.unwrap_or_default();
             let pod_cidrs = spec.pod_cidrs.filter(|all| !all.is_empty()).or_else(|| {
                 spec.pod_cidr
                     .filter(|c| !c.is_empty())
@@ -373,6 +385,7 @@ impl TryFrom<core::Node> for Node {
                 internal_ips: of_type(false),
                 external_ips: of_type(true),
                 pod_cidrs: indexed("spec.podCIDRs", pod_cidrs, |field, text| cidr(field, &text))?,
+                leaving: is_being_deleted || taints.iter().any(|taint| taint.key == LEAVING_TAINT),
             })
         })
     }

@@ -65,6 +65,13 @@ pub const ALL: &[Definition] = &[
         "Directory on a bpffs for pinned maps and links",
     ),
     define(
+        "cni-conf-dir",
+        "PATH",
+        Some("/etc/cni/net.d"),
+        "Directory of the container runtime's CNI configurations; only looked at, for those of other \
+         plugins",
+    ),
+    define(
         "cgroup-root",
         "PATH",
         None,
@@ -76,7 +83,7 @@ pub const ALL: &[Definition] = &[
         "NAMES",
         None,
         "The node's devices to attach to, separated by commas [default: those with a route to \
-         another node or the default route]",
+         another node or the default route, and all others that are up and have an address]",
     ),
     define(
         "mtu",
@@ -135,7 +142,7 @@ pub const ALL: &[Definition] = &[
     define(
         "timeout-tcp-fin-wait",
         "SECONDS",
-        Some("120"),
+        Some("3600"),
         "Idle time of a TCP connection closed from one side, 1 to 2000000",
     ),
     define(
@@ -154,7 +161,7 @@ pub const ALL: &[Definition] = &[
         "timeout-udp",
         "SECONDS",
         Some("30"),
-        "Idle time of a UDP flow without an answer, 1 to 2000000",
+        "Idle time of a UDP flow without an answer, or shorter than two seconds, 1 to 2000000",
     ),
     define(
         "timeout-udp-stream",
@@ -221,6 +228,53 @@ pub const ALL: &[Definition] = &[
         None,
         "Addresses of Services that are left to somebody else (a node-local DNS cache), separated \
          by commas [default: none]",
+    ),
+    define(
+        "nodeport-addresses",
+        "CIDRS",
+        None,
+        "Addresses of the node at which NodePorts are served: ranges separated by commas, or primary, for \
+         the first of each family in the status of the Node object [default: those of devices with a \
+         default route and of the setting devices, and those in the status of the Node object]",
+    ),
+    define(
+        "cluster-ips-outside",
+        "BOOL",
+        Some("false"),
+        "Serve ClusterIPs for clients outside the nodes too: true or false",
+    ),
+    define(
+        "masquerade-ipv4",
+        "BOOL",
+        Some("true"),
+        "What pods send to the outside over IPv4 gets an address of this node: true or false",
+    ),
+    define(
+        "masquerade-ipv6",
+        "BOOL",
+        Some("true"),
+        "The same over IPv6: true or false",
+    ),
+    define(
+        "non-masquerade-cidrs",
+        "CIDRS",
+        None,
+        "Destinations outside to which pods keep their own address, separated by commas [default: \
+         none]",
+    ),
+    define(
+        "nat-ports",
+        "FIRST-LAST",
+        Some("61000-65534"),
+        "Source ports of connections that get an address of this node, or another port than their own; \
+         1024 to 65535, at least 16 of them",
+    ),
+    define(
+        "healthz-address",
+        "ADDRESS",
+        Some("0.0.0.0:10256"),
+        "Where /healthz and /livez are served for load balancers, address and port; an unspecified \
+         address means all of both families, an empty text or off nowhere",
     ),
     define(
         "expedite-rcu",

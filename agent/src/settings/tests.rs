@@ -74,6 +74,32 @@ fn sockets_are_ended_only_on_demand() {
 }
 
 #[test]
+fn healthz_is_served_at_an_address_or_nowhere() {
+    let address = |flags: &[(&str, &str)]| {
+        let settings = check(flags, &[], None).0.unwrap();
+        settings.healthz_address.map(|address| address.to_string())
+    };
+    assert_eq!(address(&[SOURCE]).unwrap(), "0.0.0.0:10256");
+    for (text, wanted) in [
+        ("[::1]:99", Some("[::1]:99")),
+        ("192.0.2.1:1", Some("192.0.2.1:1")),
+        ("", None),
+        ("off", None),
+    ] {
+        let found = address(&[SOURCE, ("healthz-address", text)]);
+        assert_eq!(found.as_deref(), wanted, "{text:?}");
+    }
+    for text in ["10256", "0.0.0.0", "localhost:10256", "0.0.0.0:0", "::1:x"] {
+        let error = check(&[SOURCE, ("healthz-address", text)], &[], None)
+            .0
+            .unwrap_err();
+        for part in ["healthz-address", text, "0.0.0.0:10256"] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}
+
+#[test]
 fn the_defaults_are_those_of_the_kernel_abi() {
     let settings = check(&[SOURCE], &[], None).0.unwrap();
     assert_eq!(settings.timeouts, Timeouts::DEFAULT);
@@ -438,4 +464,97 @@ fn exclusions_are_conditions_and_ranges() {
     }
     let none = check(&[SOURCE, ("exclude-services", " ")], &[], None).0;
     assert_eq!(none.unwrap().exclude_services, None);
+}
+
+#[test]
+fn masquerade_is_on_and_knows_its_exceptions() {
+    let settings = check(&[SOURCE], &[], None).0.unwrap();
+    assert!(settings.masquerade_v4 && settings.masquerade_v6);
+    assert!(settings.non_masquerade_cidrs.is_empty());
+    assert_eq!(
+        settings.nat_ports.first,
+        weir_common::config::NAT_PORT_FIRST
+    );
+    assert_eq!(
+        settings.nat_ports.count(),
+        weir_common::config::NAT_PORT_COUNT
+    );
+    let file = "masquerade-ipv4: false\nnon-masquerade-cidrs: [10.0.0.0/8, fd00::/8]\n\
+                nat-ports: 40000-49999\n";
+    let settings = check(&[SOURCE], &[], Some(file)).0.unwrap();
+    assert!(!settings.masquerade_v4 && settings.masquerade_v6);
+    let cidrs: Vec<String> = settings
+        .non_masquerade_cidrs
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(cidrs, ["10.0.0.0/8", "fd00::/8"]);
+    assert_eq!(settings.nat_ports.to_string(), "40000-49999");
+    for (name, value, part) in [
+        ("masquerade-ipv6", "on", "neither true nor false"),
+        ("non-masquerade-cidrs", "10.0.0.1/8", "10.0.0.0/8"),
+        ("nat-ports", "1-2", "below 1024"),
+    ] {
+        let error = check(&[SOURCE, (name, value)], &[], None).0.unwrap_err();
+        for part in [name, value, part, "give"] {
+            assert!(error.contains(part), "{part:?}: {error}");
+        }
+    }
+}
+
+#[test]
+fn node_ports_are_served_where_the_setting_says() {
+    let given = |value: &str| {
+        let settings = check(&[SOURCE, ("nodeport-addresses", value)], &[], None).0;
+        settings.map(|settings| settings.node_port_addresses)
+    };
+    let settings = check(&[SOURCE], &[], None).0.unwrap();
+    assert_eq!(settings.node_port_addresses, NodePortAddresses::Found);
+    assert!(!settings.cluster_ips_outside);
+    assert_eq!(given(" primary"), Ok(NodePortAddresses::Primary));
+    assert_eq!(given(""), Ok(NodePortAddresses::Found));
+    let ranges = ["192.0.2.0/24", "fd00::/8"].map(|range| range.parse().unwrap());
+    assert_eq!(
+        given("192.0.2.0/24, fd00::/8"),
+        Ok(NodePortAddresses::Ranges(ranges.to_vec()))
+    );
+    for (value, part) in [
+        ("192.0.2.1/24", "192.0.2.0/24"),
+        ("primary,10.0.0.0/8", "\"primary\" is not a CIDR"),
+        ("secondary", "or primary alone"),
+    ] {
+        let error = given(value).unwrap_err();
+        for part in ["nodeport-addresses", value, part, "give"] {
+            assert!(error.contains(part), "{part:?}: {error}");
+        }
+    }
+}
+
+#[test]
+fn ranges_that_no_packet_has_are_refused_with_the_remedy() {
+    for (text, problem, remedy) in [
+        ("10.0.0.1", "has no length", "give 10.0.0.1/32"),
+        ("fd00::1", "has no length", "give fd00::1/128"),
+        (
+            "::ffff:10.0.0.0/104",
+            "IPv4 range in the form of IPv6",
+            "as IPv4",
+        ),
+        ("10.0.0.1/8", "bits beyond", "10.0.0.0/8"),
+        ("fd00::/129", "is not a CIDR", "give CIDRs"),
+    ] {
+        let refusal = cidrs(text).err().unwrap();
+        assert!(
+            refusal.problem.contains(problem),
+            "{text}: {}",
+            refusal.problem
+        );
+        assert!(
+            refusal.remedy.contains(remedy),
+            "{text}: {}",
+            refusal.remedy
+        );
+    }
+    // One within another, or twice, means what it says.
+    assert_eq!(cidrs("10.0.0.0/8,10.1.0.0/16").ok().unwrap().len(), 2);
 }

@@ -91,6 +91,16 @@ impl Catalog {
             }
         }
         if keep_all {
+            let gone = |key: &&ObjectKey| !file.objects.contains_key(key);
+            let kept: Vec<String> = old
+                .objects
+                .keys()
+                .filter(gone)
+                .map(ToString::to_string)
+                .collect();
+            if let Some(note) = still_in_force(&kept) {
+                file.errors.push(format!("{}: {note}", path.display()));
+            }
             for (key, held) in old.objects {
                 file.objects.entry(key).or_insert(held);
             }
@@ -197,4 +207,27 @@ impl Catalog {
         }
         self.files.insert(name.to_owned(), file);
     }
+}
+
+/// Says of objects that are kept though the file no longer shows them: `None` for none.
+fn still_in_force(kept: &[String]) -> Option<String> {
+    const SHOWN: usize = 5;
+    let shown = kept
+        .iter()
+        .take(SHOWN)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(", ");
+    let (verb, more) = match kept.len() {
+        0 => return None,
+        1 => ("stands no longer in it and stays", String::new()),
+        count if count <= SHOWN => ("stand no longer in it and stay", String::new()),
+        count => (
+            "stand no longer in it and stay",
+            format!(" and {} more", count - SHOWN),
+        ),
+    };
+    Some(format!(
+        "{shown}{more} {verb} in force until its mistakes are mended: what cannot be read might be that"
+    ))
 }

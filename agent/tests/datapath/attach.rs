@@ -1,7 +1,10 @@
 use std::{collections::BTreeSet, process::Command};
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use weir_agent::datapath::{AttachMode, Datapath, object};
+use weir_agent::{
+    datapath::{AttachMode, Datapath, object},
+    node::devices::SourceAddresses,
+};
 use weir_common::metrics::Hook;
 
 use crate::support::BpfFs;
@@ -106,7 +109,9 @@ fn a_restart_replaces_the_programs() {
             };
             let mut datapath = open(&fs, mode);
             datapath.attach_endpoint(index("pod"), "pod").unwrap();
-            datapath.attach_device(index("inside"), "inside").unwrap();
+            datapath
+                .attach_device(index("inside"), "inside", SourceAddresses::default())
+                .unwrap();
             let before = (all("pod"), all("inside"));
             assert_eq!((before.0.0.len(), before.0.1.len()), (1, 1));
             assert_eq!((before.1.0.len(), before.1.1.len()), (1, 1));
@@ -121,7 +126,9 @@ fn a_restart_replaces_the_programs() {
             assert_eq!(datapath.attachments().unwrap().len(), 4);
             for _ in 0..3 {
                 datapath.attach_endpoint(index("pod"), "pod").unwrap();
-                datapath.attach_device(index("inside"), "inside").unwrap();
+                datapath
+                    .attach_device(index("inside"), "inside", SourceAddresses::default())
+                    .unwrap();
             }
             let id = |datapath: &mut Datapath, hook| {
                 datapath.program(hook).unwrap().info().unwrap().id()
@@ -164,7 +171,9 @@ fn devices_that_are_gone_or_unwanted_are_swept() {
             let mut datapath = open(&fs, mode);
             let indices = ["dev-a", "dev-b", "dev-c"].map(index);
             for (name, index) in ["dev-a", "dev-b", "dev-c"].into_iter().zip(indices) {
-                datapath.attach_device(index, name).unwrap();
+                datapath
+                    .attach_device(index, name, SourceAddresses::default())
+                    .unwrap();
             }
             drop(datapath);
             ip("link del dev-a");
@@ -187,14 +196,22 @@ fn an_index_that_belongs_to_another_device_now() {
             let fs = BpfFs::new();
             ip("link add dev-a index 77 type veth peer name peer-a");
             let mut datapath = open(&fs, mode);
-            datapath.attach_device(77, "dev-a").unwrap();
+            datapath
+                .attach_device(77, "dev-a", SourceAddresses::default())
+                .unwrap();
             ip("link del dev-a");
             ip("link add dev-new index 77 type veth peer name peer-new");
-            let error = datapath.attach_device(77, "dev-a").unwrap_err();
+            let error = datapath
+                .attach_device(77, "dev-a", SourceAddresses::default())
+                .unwrap_err();
             assert!(error.to_string().contains("to dev-a (index 77)"), "{error}");
-            let error = datapath.attach_device(78, "dev-new").unwrap_err();
+            let error = datapath
+                .attach_device(78, "dev-new", SourceAddresses::default())
+                .unwrap_err();
             assert!(error.to_string().contains("index 77"), "{error}");
-            datapath.attach_device(77, "dev-new").unwrap();
+            datapath
+                .attach_device(77, "dev-new", SourceAddresses::default())
+                .unwrap();
             assert_eq!(programs(mode, "dev-new", TcAttachType::Ingress).len(), 1);
             assert_eq!(programs(mode, "dev-new", TcAttachType::Egress).len(), 1);
         });

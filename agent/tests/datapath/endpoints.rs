@@ -304,5 +304,35 @@ fn configuration_and_places_survive_a_restart() {
     assert_eq!(kernel, *datapath.config().row());
     assert_eq!(kernel.abi_version, ABI_VERSION);
     assert_eq!(kernel.connections, fs.options().connections);
-    assert_eq!(kernel.flags, config::flag::EVENT_NEW_FLOW);
+    let masquerade = config::flag::MASQUERADE_V4 | config::flag::MASQUERADE_V6;
+    assert_eq!(kernel.flags, config::flag::EVENT_NEW_FLOW | masquerade);
+}
+
+#[test]
+fn masquerade_is_switched_for_each_family_beside_other_flags() {
+    use weir_common::config::{
+        Config,
+        flag::{EVENT_NEW_FLOW, MASQUERADE_V4, MASQUERADE_V6},
+    };
+    let fs = BpfFs::new();
+    let mut datapath = fs.open();
+    let row = || fs.array::<Config>("CONFIG").get(&0, 0).unwrap();
+    datapath.config_mut().set_new_flow_events(true).unwrap();
+    for (masquerade_v4, masquerade_v6, expected) in [
+        (true, true, MASQUERADE_V4 | MASQUERADE_V6),
+        (true, false, MASQUERADE_V4),
+        (false, true, MASQUERADE_V6),
+        (false, false, 0),
+    ] {
+        let config = NodeConfig {
+            masquerade_v4,
+            masquerade_v6,
+            nat_port_first: 40_000,
+            nat_port_count: 17,
+            ..NodeConfig::default()
+        };
+        datapath.config_mut().apply(&config).unwrap();
+        assert_eq!(row().flags, expected | EVENT_NEW_FLOW);
+        assert_eq!((row().nat_port_first, row().nat_port_count), (40_000, 17));
+    }
 }

@@ -2,7 +2,7 @@ use weir_agent::datapath::Datapath;
 use weir_common::{
     Ipv4, Ipv6, Port,
     address::Address,
-    flow::{FlowEntry, FlowKey, TICKS_PER_SECOND, Timeouts, flag, scope},
+    flow::{FlowEntry, FlowKey, TICKS_PER_SECOND, Timeouts, VERSION, flag, scope},
     metrics::{self, Counter, FlowRingState, Hook, outcome},
     protocol::{TCP, UDP},
 };
@@ -26,6 +26,7 @@ pub fn pair<A: Address>(
         reserved: 0,
     };
     let entry = FlowEntry {
+        version: VERSION,
         new_source: source,
         new_destination: destination,
         new_source_port: key.source_port,
@@ -36,6 +37,7 @@ pub fn pair<A: Address>(
         ..FlowEntry::default()
     };
     let reply = FlowEntry {
+        version: VERSION,
         new_source: destination,
         new_destination: source,
         new_source_port: key.destination_port,

@@ -9,6 +9,7 @@ use weir_common::{
     Ipv4, Ipv6,
     address::Address,
     flow::{FlowEntry, FlowKey},
+    limits,
     protocol::TCP,
 };
 
@@ -84,6 +85,7 @@ fn pins(fs: &BpfFs) -> BTreeSet<String> {
     fs::read_dir(fs.root().join("maps"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name != "~layouts")
         .collect()
 }
 
@@ -92,13 +94,13 @@ fn assert_done(fs: &BpfFs, connections: usize) {
     assert_eq!(entries(fs), (2 * connections, 2 * connections));
     for name in MADE_ANEW {
         let wanted = if name.starts_with("FLOWS") {
-            8192
+            limits::flows(4096)
         } else {
             4096
         };
         assert_eq!(size(fs, name), wanted, "{name}");
     }
-    assert_eq!(pins(fs).len(), 29, "{:?}", pins(fs));
+    assert_eq!(pins(fs).len(), 32, "{:?}", pins(fs));
 }
 
 /// The start after the crash, up to the end of the migration.
@@ -125,11 +127,11 @@ fn until_the_new_maps_hold_everything_the_old_ones_count() {
         assert_eq!(datapath.migrations().len(), 4);
         assert_eq!(
             size(&fs, "FLOWS_V4"),
-            2048,
+            limits::flows(fs.options().connections),
             "the old one is still in its place"
         );
         assert_eq!(entries(&fs), (4, 4));
-        assert_eq!(pins(&fs).len(), 29 + 4, "{:?}", pins(&fs));
+        assert_eq!(pins(&fs).len(), 32 + 4, "{:?}", pins(&fs));
         // Killed.
         drop(datapath);
     }
@@ -183,4 +185,104 @@ fn without_a_crash_the_services_keep_their_numbers() {
     datapath.prune().unwrap();
     assert_eq!(fs.frontend(FAMILY, 1, 80), number);
     assert_done(&fs, 1);
+}
+
+/// Tables of flows with fewer entries, which the ring leaves as it is: as from an agent without entries to spare.
+fn with_smaller_tables() -> BpfFs {
+    let fs = earlier_agent(&[]);
+    smaller_table::<Ipv4>(&fs, "FLOWS_V4");
+    smaller_table::<Ipv6>(&fs, "FLOWS_V6");
+    fs
+}
+
+fn smaller_table<A: Address>(fs: &BpfFs, name: &str)
+where
+    FlowKey<A>: aya::Pod,
+    FlowEntry<A>: aya::Pod,
+{
+    let flags = MapInfo::from_pin(fs.pin(name)).unwrap().map_flags();
+    fs::remove_file(fs.pin(name)).unwrap();
+    let entries = 2 * fs.options().connections;
+    let table =
+        aya::maps::HashMap::<MapData, FlowKey<A>, FlowEntry<A>>::create(entries, flags).unwrap();
+    table.pin(fs.pin(name)).unwrap();
+}
+
+/// What the programs of the earlier agent do, from one step of the next agent to the other.
+fn programs_go_on<A: Address>(family: &str, source: A, destination: A)
+where
+    FlowKey<A>: aya::Pod,
+    FlowEntry<A>: aya::Pod,
+{
+    let fs = with_smaller_tables();
+    let name = format!("FLOWS_{family}");
+    let mut old = fs.hash::<FlowKey<A>, FlowEntry<A>>(&name);
+    let mut ring = fs.array::<FlowKey<A>>(&format!("FLOW_RING_{family}"));
+    let mut begin = |port: u16, created: u32| {
+        let flows = pair(source, destination, port, TCP, port.into()).map(|(key, mut entry)| {
+            (entry.created, entry.last_seen) = (created, created);
+            (key, entry)
+        });
+        ring.set(port.into(), flows[0].0, 0).unwrap();
+        flows
+    };
+    let now = weir_agent::datapath::flows::now().unwrap();
+    let (known, closed) = (begin(5, now - 90_000), begin(6, now - 90_000));
+    for (key, entry) in known.into_iter().chain(closed) {
+        old.insert(key, entry, 0).unwrap();
+    }
+
+    let mut datapath = fs.open();
+    let migrations = datapath.migrations();
+    assert_eq!(migrations.len(), 2, "{migrations:?}");
+    assert!(migrations.iter().all(|migration| migration.kept));
+    // Known to be idle until now; one ends, another begins.
+    let (key, mut entry) = known[0];
+    (entry.last_seen, entry.packets, entry.tcp_flags) = (now, 9, 0x10);
+    old.insert(key, entry, 0).unwrap();
+    for (key, _) in closed {
+        old.remove(&key).unwrap();
+    }
+    let meanwhile = begin(7, now);
+    for (key, entry) in meanwhile {
+        old.insert(key, entry, 0).unwrap();
+    }
+    datapath.prune().unwrap();
+    let mut new = fs.hash::<FlowKey<A>, FlowEntry<A>>(&name);
+    assert_eq!(new.get(&key, 0).unwrap(), entry);
+    assert_eq!(new.get(&known[1].0, 0).unwrap(), known[1].1);
+    for (key, entry) in meanwhile {
+        assert_eq!(new.get(&key, 0).unwrap(), entry);
+    }
+    assert_eq!(new.keys().count(), 4);
+
+    // The first programs of the new agent are in force: they have ended a connection, and begun another whose reply tuple
+    // the old programs give away as well.
+    for (key, _) in known {
+        new.remove(&key).unwrap();
+    }
+    let now = weir_agent::datapath::flows::now().unwrap();
+    let (late, taken) = (begin(8, now), begin(9, now));
+    let (taken_key, mut own) = taken[1];
+    own.packets = 77;
+    new.insert(taken_key, own, 0).unwrap();
+    for (key, entry) in late.into_iter().chain(taken) {
+        old.insert(key, entry, 0).unwrap();
+    }
+    datapath.carry_over().unwrap();
+    assert_eq!(new.get(&taken_key, 0).unwrap(), own);
+    assert!(new.get(&taken[0].0, 0).is_err());
+    assert!(new.get(&known[0].0, 0).is_err());
+    for (key, entry) in late {
+        assert_eq!(new.get(&key, 0).unwrap(), entry);
+    }
+    assert_eq!(new.keys().count(), 2 + 2 + 1);
+    datapath.end_carrying_over();
+    assert!(!datapath.is_carrying_over());
+}
+
+#[test]
+fn the_programs_of_the_earlier_agent_go_on_with_the_old_table() {
+    programs_go_on("V4", Ipv4([10, 0, 0, 1]), Ipv4([10, 0, 0, 2]));
+    programs_go_on("V6", Ipv6([1; 16]), Ipv6([2; 16]));
 }

@@ -4,6 +4,7 @@
 
 mod affinity;
 mod attach;
+mod device_addresses;
 mod endpoints;
 mod flows;
 mod ipcache;
@@ -13,4 +14,5 @@ mod next_hops;
 mod service_sets;
 mod services;
 mod services_retry;
+mod source_ranges;
 mod support;

@@ -17,6 +17,7 @@ fn hop(family: Family, last: u8) -> Hop {
             Family::V6 => [0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(last)].into(),
         },
         mtu: 1450,
+        source: None,
     }
 }
 
@@ -198,4 +199,54 @@ fn a_row_of_an_earlier_agent_that_cannot_be_written_is_not_given_away() {
         .set_hop("a", family, &prefixes, Some(hop(family, 2)))
         .unwrap();
     assert_eq!(again, number);
+}
+
+#[test]
+fn nodes_behind_one_gateway_share_their_rows_when_nothing_names_them() {
+    for family in [Family::V4, Family::V6] {
+        let fs = BpfFs::new();
+        let row = |number: u32| -> NextHop {
+            fs.array("NEXT_HOPS").get(&(number - FIRST_ROW), 0).unwrap()
+        };
+        let gateway = Some(hop(family, 1));
+        let mut datapath = fs.open();
+        let mut set = |node: &str, way| datapath.set_hop(node, family, &[], way).unwrap();
+        let routed = ["a", "b", "c"].map(|node| set(node, gateway));
+        let elsewhere = set("d", Some(hop(family, 2)));
+        let before = routed.map(row);
+        drop(datapath);
+
+        // The ipcache names none of them; there is one node less, and they come in another order.
+        let mut datapath = fs.open();
+        let mut claimed = ["c", "a"].map(|node| {
+            datapath
+                .set_hop(node, family, &[cidr(family, 1)], gateway)
+                .unwrap()
+        });
+        claimed.sort_unstable();
+        assert_eq!(claimed[..], routed[..2]);
+        assert_eq!(datapath.prune().unwrap().next_hops, 1);
+        assert_eq!(row(elsewhere).kind, kind::NONE);
+        assert_eq!(routed.map(row), before, "flows may refer to any of them");
+        // One more goes: flows of the other may have its row.
+        datapath.remove_hop("a", family).unwrap();
+        assert_eq!(routed.map(row), before);
+        // A new node gets a row that leads there already, one behind another gateway does not.
+        let other = datapath
+            .set_hop("e", family, &[], Some(hop(family, 3)))
+            .unwrap();
+        assert!(!routed.contains(&other));
+        let new = datapath.set_hop("f", family, &[], gateway).unwrap();
+        assert!(routed.contains(&new));
+        // With the last of them a row has nobody.
+        datapath.remove_hop("f", family).unwrap();
+        datapath.remove_hop("c", family).unwrap();
+        let left = routed.map(row).map(|row| row.kind);
+        let empty = left.iter().filter(|kind| **kind == kind::NONE).count();
+        assert_eq!(empty, 1, "those that nobody had go at the next start");
+        drop(datapath);
+        let mut datapath = fs.open();
+        datapath.prune().unwrap();
+        assert_eq!(routed.map(row).map(|row| row.kind), [kind::NONE; 3]);
+    }
 }

@@ -302,7 +302,7 @@ fn node_ports_stand_once_for_all_addresses_of_the_node() {
             ),
         };
         for scope in [Scope::Inside, Scope::Outside] {
-            let wanted = Some(row(applied.number, Cluster));
+            let wanted = Some(row(applied.number, Cluster) | service::frontend::NODE_PORT);
             assert_eq!(fs.frontend_row(own, 30_080, scope), wanted);
             assert_eq!(fs.frontend_row(other, 30_080, scope), None);
         }

@@ -312,6 +312,7 @@ pub fn port(family: Family, index: u32, backends: impl IntoIterator<Item = u32>)
             .collect(),
         unused: BTreeMap::new(),
         affinity: None,
+        source_ranges: None,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Golden cases. A file in `cases/` is Kubernetes YAML followed by comments: after `# expect:` the
 //! state that follows from it, as `render` writes it. More YAML after that is applied on top, a
 //! line `# delete: KIND NAMESPACE/NAME` deletes, and another `# expect:` follows. Lines `# this node:
-//! NAME`, `# exclude-services: SELECTOR` and `# exclude-cidrs: CIDR` say what the model is told.
+//! NAME`, `# exclude-services: SELECTOR`, `# exclude-cidrs: CIDR` and `# cluster-ips-outside` say what the model is told.
 //!
 //! `WEIR_BLESS=1 cargo test --test model` writes what the model says into the files.
 
@@ -55,6 +55,8 @@ fn options(stages: &[Stage]) -> ModelOptions {
             options.exclude_services = Some(LabelSelector::parse(text).unwrap());
         } else if let Some(text) = line.strip_prefix("# exclude-cidrs: ") {
             options.exclude_cidrs.push(text.parse().unwrap());
+        } else if line == "# cluster-ips-outside" {
+            options.cluster_ips_outside = true;
         }
     }
     options

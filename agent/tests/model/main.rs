@@ -11,13 +11,17 @@ mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use weir_agent::model::{BackendAddress, Delta, Model, Node, ServicePort, ServicePortKey};
+use weir_agent::{
+    model::{BackendAddress, Delta, HealthCheck, Model, Node, ServicePort, ServicePortKey},
+    objects::ObjectName,
+};
 
 /// What somebody knows who has followed all deltas.
 #[derive(Debug, Default, PartialEq)]
 struct Mirror {
     services: BTreeMap<ServicePortKey, ServicePort>,
     nodes: BTreeMap<String, Node>,
+    health_checks: BTreeMap<ObjectName, HealthCheck>,
 }
 
 impl Mirror {
@@ -37,6 +41,13 @@ impl Mirror {
             match node {
                 Some(node) => self.nodes.insert(name, node),
                 None => self.nodes.remove(&name),
+            };
+        }
+        for (name, check) in delta.health_checks {
+            assert_ne!(self.health_checks.get(&name), check.as_ref(), "{name}");
+            match check {
+                Some(check) => self.health_checks.insert(name, check),
+                None => self.health_checks.remove(&name),
             };
         }
     }
@@ -70,6 +81,7 @@ impl Mirror {
                 .nodes()
                 .map(|(name, node)| (name.to_owned(), node.clone()))
                 .collect(),
+            health_checks: model.health_checks().clone(),
         }
     }
 }

@@ -22,6 +22,18 @@ pub fn render(model: &Model) -> String {
         if !node.zone.is_empty() {
             let _ = write!(text, " zone {}", node.zone);
         }
+        if model.is_leaving(name) {
+            text.push_str(" leaving");
+        }
+        text.push('\n');
+    }
+    for (service, check) in model.health_checks() {
+        let _ = write!(text, "health check of {service}: port {}", check.port);
+        for (family, count) in [("IPv4", check.v4), ("IPv6", check.v6)] {
+            if let Some(count) = count {
+                let _ = write!(text, ", {count} {family}");
+            }
+        }
         text.push('\n');
     }
     for problem in model.problems() {
@@ -46,6 +58,10 @@ fn service_port(text: &mut String, key: &ServicePortKey, port: &ServicePort) {
     }
     if let Some(seconds) = port.affinity {
         let _ = writeln!(text, "  affinity {seconds} s");
+    }
+    if let Some(ranges) = &port.source_ranges {
+        let ranges: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+        let _ = writeln!(text, "  from [{}]", ranges.join(", "));
     }
     for (address, backend) in &port.backends {
         let address = SocketAddr::new(address.address, address.port);

@@ -191,3 +191,64 @@ fn switches_of_the_node_are_set_and_put_back() {
         assert!(sysctl::strict_rp_filter().is_some());
     });
 }
+
+/// Whether a socket of this namespace gets another port of two than 30080.
+fn gets_another(family: &str) -> bool {
+    let socket = std::net::UdpSocket::bind((family, 0)).unwrap();
+    let port = socket.local_addr().unwrap().port();
+    assert!((30_080..=30_081).contains(&port), "{port}");
+    port != 30_080
+}
+
+#[test]
+fn the_kernel_gives_nobody_a_port_that_is_served() {
+    in_namespace(async {
+        const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+        let list = || {
+            use std::io::Read as _;
+            let mut buffer = vec![0; 1 << 18];
+            let length = std::fs::File::open(RESERVED)
+                .unwrap()
+                .read(&mut buffer)
+                .unwrap();
+            String::from_utf8_lossy(&buffer[..length]).trim().to_owned()
+        };
+        let range = "/proc/sys/net/ipv4/ip_local_port_range";
+        std::fs::write(range, "30080 30081\n").unwrap();
+        let run_dir = tempfile::tempdir().unwrap();
+        let mut sysctls = Sysctls::open(run_dir.path());
+        let nat = 61_000..=65_534;
+        sysctls
+            .reserve_ports(nat.clone(), Some([30_080].into_iter()))
+            .unwrap();
+        assert_eq!(list(), "30080");
+        for family in ["0.0.0.0", "::"] {
+            for _ in 0..20 {
+                assert!(gets_another(family), "{family} got the NodePort");
+            }
+        }
+        // The last one goes, and the list is empty again.
+        sysctls
+            .reserve_ports(nat.clone(), Some(std::iter::empty()))
+            .unwrap();
+        assert_eq!(list(), "");
+
+        // A list of others that is longer than any small reader's room, and one of ours longer than the kernel
+        // takes at once.
+        std::fs::write(range, "30000 50000\n").unwrap();
+        let odd = |ports: std::ops::Range<u16>| ports.filter(|port| port % 2 == 1);
+        let text: Vec<String> = odd(20_000..20_200).map(|port| port.to_string()).collect();
+        let others = text.join(",");
+        std::fs::write(RESERVED, format!("{others}\n")).unwrap();
+        sysctls
+            .reserve_ports(nat, Some(odd(30_000..34_000)))
+            .unwrap();
+        let all: Vec<String> = odd(20_000..20_200)
+            .chain(odd(30_000..34_000))
+            .map(|port| port.to_string())
+            .collect();
+        assert_eq!(list(), all.join(","));
+        assert!(Sysctls::open(run_dir.path()).restore().is_empty());
+        assert_eq!(list(), others);
+    });
+}

@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     time::Instant,
 };
 
 use weir_agent::{
     model::Node,
-    netlink::{Netlink, NetlinkEvent, Route, RouteTarget},
+    netlink::{Address, LinkLayer, Netlink, NetlinkEvent, Readiness, Route, RouteTarget},
     node::{HopRef, NodeManager, NodeSettings},
     objects::Family,
 };
@@ -293,5 +294,111 @@ fn routes_that_a_link_took_with_it_come_back() {
         let after = manager.reconcile(&cluster(), true, &netlink).await.unwrap();
         assert!(after.changes_since(&before).is_empty());
         assert_eq!(netlink.own_routes().await.unwrap().len(), 4);
+    });
+}
+
+#[test]
+fn what_the_node_sends_from_is_that_of_the_route_the_device_or_the_node() {
+    in_namespace(async {
+        make_underlay();
+        // The route to node b says from where, and a device has no address of its own.
+        ip("addr add 192.0.2.9/32 dev eth0");
+        ip("addr add 2001:db8::9/128 dev eth0 nodad");
+        ip("route add 192.0.2.2/32 dev eth0 src 192.0.2.9");
+        ip("-6 route add 2001:db8::2/128 dev eth0 src 2001:db8::9");
+        ip("link add br0 type bridge");
+        ip("link add port0 type veth peer name port1");
+        ip("link set port0 master br0");
+        ip("tuntap add dev tun0 mode tun");
+        ip("addr add 198.18.0.1/24 dev br0");
+        ip("addr add 198.18.0.2/24 dev br0");
+        ip("addr add 2001:db8:7::1/64 dev br0 nodad preferred_lft 0");
+        for device in ["br0", "port0", "tun0"] {
+            ip(&format!("link set {device} up"));
+        }
+        let netlink = Netlink::new().unwrap();
+        let mut manager = NodeManager::new("a", NodeSettings::default());
+        let plan = manager.reconcile(&cluster(), true, &netlink).await.unwrap();
+        let source = |node: &str, family| {
+            plan.hops[&(node.to_owned(), family)]
+                .clone()
+                .unwrap()
+                .source
+        };
+        // Pods of node b are reached by another route than the node.
+        assert_eq!(source("b", Family::V4), Some(address("192.0.2.1")));
+        assert!(source("b", Family::V6).is_some());
+        assert_eq!(source("c", Family::V4), Some(address("192.0.2.1")));
+        let of = |device: &str| plan.sources[&ifindex(device)];
+        assert_eq!(of("eth0").v4, Some([192, 0, 2, 1].into()));
+        assert_eq!(of("eth0").v6, Some("2001:db8::1".parse().unwrap()));
+        assert_eq!(of("br0").v4, Some([198, 18, 0, 1].into()));
+        assert_eq!(
+            of("br0").v6,
+            Some("2001:db8::1".parse().unwrap()),
+            "deprecated"
+        );
+        assert_eq!(of("port0"), of("eth0"));
+        assert_eq!(of("tun0"), of("eth0"));
+
+        let links = netlink.links().await.unwrap();
+        let link = |name: &str| links.iter().find(|link| link.name == name).unwrap();
+        assert_eq!(link("port0").master, Some(ifindex("br0")));
+        assert_eq!(link("br0").master, None);
+        for device in ["eth0", "br0"] {
+            assert_eq!(link(device).link_layer, LinkLayer::Ethernet, "{device}");
+        }
+        assert_eq!(link("tun0").link_layer, LinkLayer::None);
+        let way = netlink.route_get(address("192.0.2.2")).await.unwrap();
+        assert_eq!(way.source, Some(address("192.0.2.9")));
+        let way = netlink.route_get(address("2001:db8::2")).await.unwrap();
+        assert_eq!(way.source, Some(address("2001:db8::9")));
+    });
+}
+
+/// Two devices on one link: what one has the other cannot have.
+#[test]
+fn an_address_is_the_node_s_when_no_other_host_has_it() {
+    in_namespace(async {
+        ip("link add a0 type veth peer name b0");
+        // Long enough to be seen: each probe takes a second.
+        fs::write("/proc/sys/net/ipv6/conf/a0/dad_transmits", "4").unwrap();
+        for device in ["a0", "b0"] {
+            ip(&format!("link set {device} up"));
+        }
+        let netlink = Netlink::new().unwrap();
+        let mut events = netlink.watch().await.unwrap();
+        ip("addr add 2001:db8::7/64 dev a0");
+        ip("addr add 2001:db8::8/64 dev a0");
+        ip("addr add 192.0.2.8/24 dev a0");
+        let readiness = async |text: &str| {
+            let addresses = netlink.addresses().await.unwrap();
+            let is_meant =
+                |a: &&Address| a.ifindex == ifindex("a0") && a.address.addr() == address(text);
+            addresses.iter().find(is_meant).unwrap().readiness
+        };
+        assert_eq!(readiness("192.0.2.8").await, Readiness::Ready);
+        assert_eq!(readiness("2001:db8::7").await, Readiness::Tentative);
+        ip("addr add 2001:db8::7/64 dev b0 nodad");
+        let mut manager = NodeManager::new("a", NodeSettings::default());
+        let nodes = cluster();
+        let mut seen = Vec::new();
+        let found = loop {
+            let plan = manager.reconcile(&nodes, true, &netlink).await.unwrap();
+            let is_own = |text: &str| plan.ipcache.contains_key(&address(text).into());
+            // That one is the other device's, which is ours as well.
+            let now = (is_own("2001:db8::8"), plan.sources[&ifindex("a0")].v6);
+            seen.push(now);
+            if now.0 && readiness("2001:db8::7").await == Readiness::Taken {
+                break plan;
+            }
+            // Each change of state is told of.
+            next_event(&mut events).await;
+        };
+        assert_eq!(seen[0], (false, None));
+        let (_, source) = seen.last().unwrap();
+        assert_eq!(*source, Some("2001:db8::8".parse().unwrap()));
+        let is_told = |problem: &String| problem.contains("has the address 2001:db8::7 too");
+        assert!(found.problems.iter().any(is_told), "{:?}", found.problems);
     });
 }

@@ -51,6 +51,7 @@ pub struct Bed {
     pub datapath: Datapath,
     pub family: Family,
     pub fs: BpfFs,
+    options: DatapathOptions,
     failures: Vec<String>,
 }
 
@@ -113,6 +114,7 @@ impl Bed {
             datapath,
             family,
             fs,
+            options,
             failures: Vec::new(),
         };
         for pod in [CLIENT, SERVER, OTHER] {
@@ -124,6 +126,17 @@ impl Bed {
         }
         bed.add_nodes();
         bed
+    }
+
+    /// The agent ends, and the next one loads its programs and takes over: nodes and pods; Services and devices are
+    /// for the test to tell of.
+    pub fn restart(&mut self) {
+        self.datapath = Datapath::open(&self.options).unwrap();
+        self.datapath.config_mut().apply(&node_config()).unwrap();
+        for pod in [CLIENT, SERVER, OTHER] {
+            self.add_pod(pod, pod);
+        }
+        self.add_nodes();
     }
 
     /// Tells the programs of both nodes, in the family that the bed has now.
@@ -138,6 +151,7 @@ impl Bed {
                     ifindex: ETH0,
                     gateway: self.remote_node(),
                     mtu: HOP_MTU,
+                    source: Some(self.node()),
                 }),
             )
             .unwrap();
@@ -165,6 +179,16 @@ impl Bed {
                 flags: 0,
             })
             .unwrap();
+    }
+
+    /// Pods keep their address outside, and what the outside sends to pods makes no entry.
+    pub fn without_masquerade(&mut self) {
+        let config = NodeConfig {
+            masquerade_v4: false,
+            masquerade_v6: false,
+            ..node_config()
+        };
+        self.datapath.config_mut().apply(&config).unwrap();
     }
 
     /// The configuration that the bed starts with.
@@ -331,6 +355,7 @@ pub fn service_port(
             .collect(),
         unused: BTreeMap::new(),
         affinity: None,
+        source_ranges: None,
     }
 }
 

@@ -144,9 +144,14 @@ fn what_the_wire_brings_is_put_together() {
         let wanted = (Verdict::Local, out.as_slice(), 0);
         detour(bed, at, &pieces(&answer, 78, 3000), OWN, wanted);
 
-        // A pod without connections needs no ports, and nobody inside is to be had for outside.
+        // What a pod answers to the outside must be told from what it begins itself: that takes ports.
         let stray = |packet: Packet| pieces(&packet, 5, 3000).remove(1);
         let packet = stray(bed.incoming(bed.outside(), bed.pod(OTHER), udp(1, 2)));
+        assert_eq!(bed.wire_brings(&packet).verdict, Verdict::Defrag);
+        // Else a pod without connections needs none, and nobody inside is to be had for outside.
+        let inside = stray(bed.incoming(remote, bed.pod(OTHER), udp(1, 2)));
+        assert_eq!(bed.wire_brings(&inside).verdict, Verdict::Local);
+        bed.without_masquerade();
         assert_eq!(bed.wire_brings(&packet).verdict, Verdict::Local);
         let packet = stray(bed.incoming(bed.pod(OTHER), bed.pod(CLIENT), udp(1, 2)));
         let forged = Verdict::Dropped(DropReason::InvalidSource);

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// An error that quotes `quote`.
-fn error(v4: bool, quote: Vec<u8>) -> L4 {
+pub fn error(v4: bool, quote: Vec<u8>) -> L4 {
     L4::Icmp(Icmp {
         kind: if v4 { 3 } else { 2 },
         code: if v4 { 4 } else { 0 },

@@ -4,7 +4,7 @@ use weir_common::{DropReason, MacAddress, metrics::Hook};
 
 use crate::{
     bed::{
-        CLIENT, Case, ETH0, HOP_MTU, Lookups, SERVER, Verdict, delivered_macs, device,
+        CLIENT, Case, ESTABLISHED, ETH0, HOP_MTU, Lookups, SERVER, Verdict, delivered_macs, device,
         for_both_families, on,
     },
     packet::{ACK, L4, Macs, Packet, SYN, echo, sctp, tcp, udp},
@@ -13,17 +13,17 @@ use crate::{
 
 const NONE: Lookups = Lookups {
     flow: 0,
-    ipcache: 0,
-    frontend: 0,
-    fragment: 0,
-    by_ifindex: 0,
-    affinity: 0,
+    ..ESTABLISHED
 };
 const DESTINATION: Lookups = Lookups { ipcache: 1, ..NONE };
+/// What comes from outside must not claim to be inside, and may be for a Service.
+const SOURCE_AND_DESTINATION: Lookups = Lookups { ipcache: 2, ..NONE };
 
 #[test]
 fn one_lookup_of_the_destination_at_most() {
     for_both_families(|bed| {
+        // Without it nothing here needs an entry.
+        bed.without_masquerade();
         let kinds: [(&str, L4); 6] = [
             ("TCP SYN", tcp(40000, 80, SYN)),
             ("TCP", tcp(40000, 80, ACK)),
@@ -102,7 +102,7 @@ fn one_lookup_of_the_destination_at_most() {
                         &packet,
                         Verdict::Stack,
                     )
-                    .lookups(DESTINATION),
+                    .lookups(SOURCE_AND_DESTINATION),
                 );
             }
             let packet = bed.host_sends(bed.node(), CLIENT, l4.clone());

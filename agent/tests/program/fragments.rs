@@ -158,8 +158,14 @@ fn a_piece_without_its_first_is_dropped_where_the_ports_matter() {
                 )
                 .out(&packet.clone().forwarded()),
             );
-            // A pod without connections gets what is sent to it.
+            // What a pod answers to the outside must be told from what it begins itself.
             let packet = later(bed.incoming(bed.outside(), bed.pod(OTHER), udp(1, 2)));
+            let config = bed.node_config();
+            bed.datapath.config_mut().apply(&config).unwrap();
+            let name = format!("from outside, masqueraded there, {round}");
+            bed.check(Case::from_netdev(&name, &packet, UNKNOWN));
+            // Else a pod without connections gets what is sent to it.
+            bed.without_masquerade();
             bed.check(
                 Case::from_netdev(&format!("from outside, {round}"), &packet, Verdict::Local)
                     .out(&forwarded(&packet, OTHER)),

@@ -10,6 +10,7 @@ use weir_common::{
 
 use crate::{
     bed::{Bed, CLIENT, ETH0, Verdict, delivered_macs, device, on, with_beds},
+    nat_ports,
     packet::{ACK, L4, RST, SYN, tcp, udp},
 };
 
@@ -184,5 +185,26 @@ fn connections_whose_ports_changed_leave_nothing_either() {
             let partner = entry.partner_key(key.protocol);
             assert!(flows.iter().any(|(key, _)| *key == partner), "{key:?}");
         }
+    });
+}
+
+/// Who is refused for want of a NAT port takes nobody's place in the table.
+#[test]
+fn without_a_port_nobody_gives_way() {
+    with_small_tables(|bed| {
+        services(bed);
+        let ports = nat_ports::all_taken(bed);
+        for port in 1..=(CONNECTIONS - ports) as u16 {
+            send(bed, tcp(port, 80, SYN));
+            reply(bed, tcp(8080, port, SYN | ACK));
+            send(bed, tcp(port, 80, ACK));
+        }
+        let full = connections(bed);
+        assert_eq!(full.len(), CONNECTIONS);
+        for number in 0..40 {
+            let seen = nat_ports::asks_in_vain(bed, 100 + number);
+            assert_eq!(seen.flow_counter(outcome::FLOW_EVICTED), 0);
+        }
+        assert_eq!(connections(bed), full);
     });
 }

@@ -225,6 +225,7 @@ fn a_way_that_changes_takes_its_connections_along() {
             ifindex: crate::bed::ETH0,
             gateway,
             mtu: 50,
+            source: None,
         };
         bed.datapath
             .set_hop("node2", family, &[], Some(hop))

@@ -6,8 +6,10 @@
 
 mod affinity;
 mod answers;
+mod at_once;
 mod bed;
 mod budget;
+mod by_stack;
 mod defrag;
 mod differential;
 mod errors;
@@ -17,10 +19,13 @@ mod full;
 mod host;
 mod host_errors;
 mod host_fragments;
-
 mod lifetime;
 mod logged;
+mod lost_sources;
 mod malformed;
+mod masquerade;
+mod nat_ports;
+mod outside;
 mod packet;
 mod reference;
 mod refusals;
@@ -32,5 +37,6 @@ mod states;
 #[allow(dead_code, reason = "the tests of the data path use the rest")]
 mod support;
 mod unfinished;
+mod upgrade;
 #[path = "../model/world/mod.rs"]
 mod world;

@@ -165,3 +165,28 @@ fn refusals_are_limited() {
         }
     });
 }
+
+#[test]
+fn errors_to_the_outside_are_limited() {
+    for_both_families(|bed| {
+        bed.without_masquerade();
+        let config = NodeConfig {
+            refusals_per_second: 1,
+            ..bed.node_config()
+        };
+        bed.datapath.config_mut().apply(&config).unwrap();
+        let l4 = tcp(4000, 80, SYN);
+        let packet = bed.incoming(bed.outside(), bed.pod(CLIENT), l4).with_ttl(1);
+        assert_eq!(bed.wire_brings(&packet).verdict, Verdict::Answered);
+        let second = bed.wire_brings(&packet);
+        assert_eq!(second.verdict, Verdict::Dropped(DropReason::TtlExceeded));
+        assert_eq!(second.flow_counter(outcome::REFUSAL_LIMITED), 1);
+        // What pods provoke comes back to them alone.
+        let own = bed
+            .leaving(CLIENT, bed.remote_pod(9), tcp(4000, 80, SYN))
+            .with_ttl(1);
+        for _ in 0..3 {
+            assert_eq!(bed.pod_sends(CLIENT, &own).verdict, Verdict::Answered);
+        }
+    });
+}

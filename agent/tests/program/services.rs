@@ -338,7 +338,8 @@ fn two_frontends_of_one_endpoint_and_one_client_port() {
     });
 }
 
-fn source_port(bed: &Bed, seen: &Seen) -> u16 {
+/// Of the packet that came out.
+pub fn source_port(bed: &Bed, seen: &Seen) -> u16 {
     let l4 = if bed.is_v4() { 34 } else { 54 };
     u16::from_be_bytes([seen.output.frame[l4], seen.output.frame[l4 + 1]])
 }
@@ -386,6 +387,8 @@ fn the_direct_way_to_an_endpoint_stays_beside_the_service() {
         bed.check(
             Case::to_pod("the node's own", CLIENT, &packet, Verdict::Stack).lookups(Lookups {
                 flow: 2,
+                // Is it from outside?
+                ipcache: 1,
                 ..Lookups::default()
             }),
         );

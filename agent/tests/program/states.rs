@@ -64,7 +64,7 @@ const STATES: &[(&str, Steps, u32)] = &[
             (Client, FIN | ACK),
             (Server, ACK),
         ],
-        120,
+        3600,
     ),
     (
         "closed by the server",
@@ -75,7 +75,7 @@ const STATES: &[(&str, Steps, u32)] = &[
             (Server, FIN | ACK),
             (Client, ACK),
         ],
-        120,
+        3600,
     ),
     (
         "closed by both",

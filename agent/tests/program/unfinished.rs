@@ -21,6 +21,8 @@ use nix::{
     },
 };
 
+use weir_agent::node::devices::SourceAddresses;
+
 use crate::{
     bed::{Bed, CLIENT, ETH0, OTHER, POD_MTU, SERVER, for_both_families, hex, tool},
     packet::sum,
@@ -50,7 +52,9 @@ fn answers_have_checksums_of_their_own() {
 ///
 /// The neighbour's device computes no checksum, that of the node must.
 fn become_neighbour(bed: &mut Bed) -> OwnedFd {
-    bed.datapath.attach_device(ETH0, "eth0").unwrap();
+    bed.datapath
+        .attach_device(ETH0, "eth0", SourceAddresses::default())
+        .unwrap();
     tool(&format!("ip link set eth0 mtu {MTU} up"));
     tool("ethtool -K eth0 tx off");
     let namespace = |path: &str| File::open(path).unwrap();

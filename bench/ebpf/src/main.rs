@@ -20,7 +20,7 @@ mod entry {
 
     use crate::{
         restore::{V4_WORDS, V6_WORDS, restore},
-        sketch::{self, sketch},
+        sketch::{self, Changed, sketch},
     };
 
     /// Restores an IPv4 packet and calls the target.
@@ -44,19 +44,25 @@ mod entry {
     /// The sketch over a plain hash whose elements are allocated with the map.
     #[classifier]
     pub fn sketch_hash(ctx: TcContext) -> i32 {
-        sketch(&ctx, &sketch::SKETCH_HASH)
+        sketch(&ctx, &sketch::SKETCH_HASH, Changed::Destination)
     }
 
     /// The sketch over a plain hash whose elements are allocated as they are used.
     #[classifier]
     pub fn sketch_on_demand(ctx: TcContext) -> i32 {
-        sketch(&ctx, &sketch::SKETCH_ON_DEMAND)
+        sketch(&ctx, &sketch::SKETCH_ON_DEMAND, Changed::Destination)
     }
 
     /// The sketch over an LRU hash.
     #[classifier]
     pub fn sketch_lru(ctx: TcContext) -> i32 {
-        sketch(&ctx, &sketch::SKETCH_LRU)
+        sketch(&ctx, &sketch::SKETCH_LRU, Changed::Destination)
+    }
+
+    /// The sketch that gives each connection an address and port of the node as its source, over a plain hash.
+    #[classifier]
+    pub fn sketch_nat(ctx: TcContext) -> i32 {
+        sketch(&ctx, &sketch::SKETCH_NAT, Changed::Both)
     }
 }
 

@@ -26,13 +26,14 @@ const IFINDEX_OFFSET: usize = 40;
 const SKB_SIZE: usize = 192;
 
 /// Programs of the object.
-const PROGRAMS: [&str; 6] = [
+const PROGRAMS: [&str; 7] = [
     "restore_v4",
     "restore_v6",
     "nothing",
     "sketch_hash",
     "sketch_on_demand",
     "sketch_lru",
+    "sketch_nat",
 ];
 
 /// A figure, its rival's, and how many times the rival's it is.

@@ -21,7 +21,11 @@ use weir_agent::{
         Datapath, DatapathOptions, EndpointRow, Hop, HopRef, NodeConfig,
         sys::{RawMap, bytes_of, from_bytes},
     },
-    model::{Backend, BackendAddress, Frontend, ServicePort, ServicePortKey},
+    model::{
+        Backend, BackendAddress, EndpointSet, Frontend, FrontendKind, Scope, ServicePort,
+        ServicePortKey,
+    },
+    node::devices::SourceAddresses,
     objects::{Family, ObjectName, Protocol},
 };
 use weir_common::{
@@ -29,7 +33,7 @@ use weir_common::{
     address::Address,
     endpoint::pod_mac,
     flow::{FlowEntry, FlowKey, scope},
-    ipcache::class,
+    ipcache::{class, flag},
     protocol,
 };
 
@@ -45,6 +49,10 @@ const FIRST_PORT: u32 = 10_000;
 pub const UPLINK_MAC: MacAddress = pod_mac(9);
 /// The only node beside this one.
 const OTHER_NODE: &str = "node2";
+/// NodePort of the first Service; the others follow.
+const FIRST_NODE_PORT: u16 = 30_000;
+/// Connections to the outside go to so many addresses: one of them alone would use up the ports.
+const SERVERS: u32 = 128;
 
 /// The pods. Only the first two have Services, the others never get an entry in the flow table.
 pub const CLIENT: u32 = 1;
@@ -64,6 +72,22 @@ pub enum Route {
     LocalPod,
     /// To a pod of the other node by its own address.
     RemotePod,
+    /// From outside to a NodePort, with endpoints on the other node.
+    NodePort,
+    /// From outside to an address of a load balancer, with endpoints on the other node.
+    LoadBalancer,
+    /// From a pod to the outside.
+    Outside,
+}
+
+impl Route {
+    /// Where the first packet of a connection is seen.
+    pub const fn scope(self) -> u8 {
+        match self {
+            Self::NodePort | Self::LoadBalancer => scope::UNDERLAY,
+            _ => scope::POD,
+        }
+    }
 }
 
 /// Puts the calling thread into a network namespace and a mount namespace of its own.
@@ -93,6 +117,7 @@ pub struct Lab {
     pub datapath: Datapath,
     root: PathBuf,
     uplink: u32,
+    uplink_name: String,
     devices: Vec<u32>,
 }
 
@@ -105,14 +130,9 @@ impl Lab {
     /// The kernel's, or the data path's.
     pub fn new(name: &str, connections: u32) -> Result<Self> {
         let root = Path::new("/sys/fs/bpf").join(name);
-        let uplink = make_device(&format!("{name}-up"))?;
-        ip(&[
-            "link",
-            "set",
-            &format!("{name}-up"),
-            "address",
-            &UPLINK_MAC.to_string(),
-        ])?;
+        let uplink_name = format!("{name}-up");
+        let uplink = make_device(&uplink_name)?;
+        wire_uplink(&uplink_name)?;
         let devices = (1..=PODS)
             .map(|number| make_device(&format!("{name}-{number}")))
             .collect::<Result<_>>()?;
@@ -125,6 +145,7 @@ impl Lab {
             datapath: Datapath::open(&options)?,
             root,
             uplink,
+            uplink_name,
             devices,
         };
         lab.fill()?;
@@ -155,7 +176,21 @@ impl Lab {
                 flags: 0,
             })?;
         }
+        let (IpAddr::V4(v4), IpAddr::V6(v6)) = (node(Family::V4), node(Family::V6)) else {
+            unreachable!("each of its family")
+        };
+        let sources = SourceAddresses {
+            v4: Some(v4),
+            v6: Some(v6),
+            sole_v6: true,
+        };
+        self.datapath
+            .attach_device(self.uplink, &self.uplink_name, sources)?;
         for family in [Family::V4, Family::V6] {
+            let flags = flag::NODE_PORTS | flag::HOST_PORTS;
+            let address = IpNet::from(node(family));
+            self.datapath
+                .set_ipcache(address, class::THIS_NODE, flags, HopRef::Host)?;
             self.add_other_node(family)?;
             for service in 0..SERVICES {
                 let remote = (0..REMOTE_ENDPOINTS)
@@ -179,6 +214,7 @@ impl Lab {
             ifindex: self.uplink,
             gateway,
             mtu: 1500,
+            source: Some(node(family)),
         };
         self.datapath
             .set_hop(OTHER_NODE, family, &[pods], Some(hop))?;
@@ -194,7 +230,19 @@ impl Lab {
         number: u32,
         endpoints: impl IntoIterator<Item = (IpAddr, u16)>,
     ) -> Result<()> {
-        let (key, desired) = service(family, cluster_ip(family, number), number, endpoints);
+        let (key, mut desired) = service(family, cluster_ip(family, number), number, endpoints);
+        let outside = |address, port, kind| Frontend {
+            address,
+            port,
+            kind,
+            scope: Scope::Outside,
+            set: EndpointSet::Cluster,
+        };
+        let balanced = Some(load_balancer(family, number));
+        desired.frontends.extend([
+            outside(None, node_port(number), FrontendKind::NodePort),
+            outside(balanced, 80, FrontendKind::LoadBalancer),
+        ]);
         self.datapath.apply_service(&key, Some(&desired))?;
         Ok(())
     }
@@ -234,22 +282,22 @@ impl Lab {
         Ok(())
     }
 
-    /// The tuples of the replies to connections that the flow table knows, as they come from the
-    /// other node.
+    /// The tuples of the replies to connections that the flow table knows by `scope`, as they come
+    /// back.
     ///
     /// # Errors
     ///
     /// A connection is not known.
-    pub fn replies(&self, family: Family, tuples: &[Tuple]) -> Result<Vec<Tuple>> {
+    pub fn replies(&self, family: Family, scope: u8, tuples: &[Tuple]) -> Result<Vec<Tuple>> {
         let map = self.map(flows(family))?;
         tuples
             .iter()
             .map(|tuple| match (tuple.source.ip(), tuple.destination.ip()) {
                 (IpAddr::V4(a), IpAddr::V4(b)) => {
-                    reply::<weir_common::Ipv4>(&map, tuple, a.into(), b.into())
+                    reply::<weir_common::Ipv4>(&map, scope, tuple, (a.into(), b.into()))
                 }
                 (IpAddr::V6(a), IpAddr::V6(b)) => {
-                    reply::<weir_common::Ipv6>(&map, tuple, a.into(), b.into())
+                    reply::<weir_common::Ipv6>(&map, scope, tuple, (a.into(), b.into()))
                 }
                 _ => unreachable!("a tuple has one family"),
             })
@@ -269,7 +317,7 @@ pub fn clear(map: &RawMap) -> Result<()> {
     Ok(())
 }
 
-fn reply<A>(map: &RawMap, tuple: &Tuple, source: A, destination: A) -> Result<Tuple>
+fn reply<A>(map: &RawMap, scope: u8, tuple: &Tuple, (source, destination): (A, A)) -> Result<Tuple>
 where
     A: Address,
     FlowKey<A>: aya::Pod,
@@ -281,7 +329,7 @@ where
         source_port: Port::new(tuple.source.port()),
         destination_port: Port::new(tuple.destination.port()),
         protocol: protocol::TCP,
-        scope: scope::POD,
+        scope,
         reserved: 0,
     };
     let mut value = vec![0; map.value_size()];
@@ -332,6 +380,7 @@ pub fn service(
         backends: backends.collect(),
         unused: BTreeMap::new(),
         affinity: None,
+        source_ranges: None,
     };
     (key, desired)
 }
@@ -346,9 +395,24 @@ pub fn connections(family: Family, route: Route, from: u32, count: u32) -> Vec<T
                 Route::LocalService => SocketAddr::new(cluster_ip(family, SERVICES + service), 80),
                 Route::LocalPod => SocketAddr::new(pod(family, PLAIN_SERVER), 80 + service as u16),
                 Route::RemotePod => SocketAddr::new(remote_pod(family, service), 80),
+                Route::NodePort => SocketAddr::new(node(family), node_port(service)),
+                Route::LoadBalancer => SocketAddr::new(load_balancer(family, service), 80),
+                Route::Outside => {
+                    let (server, turn) = (i % SERVERS, i / SERVERS);
+                    let source = SocketAddr::new(pod(family, from), (FIRST_PORT + turn) as u16);
+                    let destination = SocketAddr::new(outside(family, 1 + server), 443);
+                    return Tuple {
+                        source,
+                        destination,
+                    };
+                }
+            };
+            let source = match route {
+                Route::NodePort | Route::LoadBalancer => outside(family, 0),
+                _ => pod(family, from),
             };
             Tuple {
-                source: SocketAddr::new(pod(family, from), (FIRST_PORT + turn) as u16),
+                source: SocketAddr::new(source, (FIRST_PORT + turn) as u16),
                 destination,
             }
         })
@@ -394,9 +458,70 @@ pub fn cluster_ip(family: Family, number: u32) -> IpAddr {
     }
 }
 
+/// Address of this node.
+fn node(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::new(192, 168, 77, 11).into(),
+        Family::V6 => Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, 11).into(),
+    }
+}
+
+/// A host beyond the node's router: the client with number 0, servers with others.
+fn outside(family: Family, number: u32) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::from_bits(0xc633_640a + number).into(),
+        Family::V6 => {
+            Ipv6Addr::from_bits((0x2001_0db8_0100_u128 << 80) + 0x10 + u128::from(number)).into()
+        }
+    }
+}
+
+/// Address of a Service at a load balancer.
+fn load_balancer(family: Family, number: u32) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::from_bits(0xcb00_7100 + number + 1).into(),
+        Family::V6 => {
+            Ipv6Addr::from_bits((0x2001_0db8_0203_u128 << 80) + u128::from(number) + 1).into()
+        }
+    }
+}
+
+/// NodePort of a Service.
+const fn node_port(number: u32) -> u16 {
+    FIRST_NODE_PORT + number as u16
+}
+
+/// Gives the node's device addresses, a router and the right to forward: without those the kernel has no
+/// route to tell a program.
+fn wire_uplink(device: &str) -> Result<()> {
+    let address = UPLINK_MAC.to_string();
+    ip(&["link", "set", device, "address", &address, "up"])?;
+    // Replaced, as another lab of this thread may have left one.
+    for (flag, family, bits, router) in [
+        ("-4", Family::V4, 24, "192.168.77.254"),
+        ("-6", Family::V6, 64, "fd00:77::fe"),
+    ] {
+        let own = format!("{}/{bits}", node(family));
+        let mut add = vec![flag, "address", "add", &own, "dev", device];
+        if family == Family::V6 {
+            add.push("nodad");
+        }
+        ip(&add)?;
+        let to_router = ["via", router, "dev", device];
+        ip(&[&[flag, "route", "replace", "default"][..], &to_router].concat())?;
+    }
+    for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        let path = Path::new("/proc/sys/net").join(setting);
+        std::fs::write(&path, "1").with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
 /// A veth pair in the namespace of the calling thread; gives the index of its first half.
 fn make_device(name: &str) -> Result<u32> {
-    ip(&["link", "add", name, "type", "veth"])?;
+    let peer = format!("{name}-p");
+    ip(&["link", "add", name, "type", "veth", "peer", "name", &peer])?;
+    ip(&["link", "set", &peer, "up"])?;
     nix::net::if_::if_nametoindex(name).with_context(|| format!("index of {name}"))
 }
 

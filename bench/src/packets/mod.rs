@@ -1,8 +1,11 @@
 //! Nanoseconds per packet in the programs, by `BPF_PROG_TEST_RUN`.
 
+mod flows;
 mod frame;
 mod harness;
 mod lab;
+mod plain;
+mod sketches;
 
 use std::collections::BTreeMap;
 
@@ -17,8 +20,8 @@ use weir_common::{
 
 use self::{
     frame::{Frame, Kind, Tuple},
-    harness::{Beside, Harness},
-    lab::{CLIENT, LOCAL_SERVER, Lab, PLAIN_CLIENT, Route, UPLINK_MAC},
+    harness::Harness,
+    lab::{CLIENT, Lab, Route},
 };
 use crate::{
     Effort,
@@ -86,7 +89,8 @@ fn measure(plan: Plan) -> Result<Section> {
          Each row begins with a new table; for the last column every connection has been removed and opened again \
          several times, so that neighbours in time are no longer neighbours in memory. The rival is a sketch in the \
          same run: one hash with the same keys and values, IPv4 and TCP only, without source check, policy, MTU, \
-         counters or next hops.",
+         counters or next hops. What comes from outside is beside a sketch that also gives each connection a random \
+         port of the node, and asks no route.",
         plan.pairs,
         plan.repeat,
         plan.rounds,
@@ -114,6 +118,27 @@ fn measure(plan: Plan) -> Result<Section> {
         ("sketch_lru", "SKETCH_LRU", "LRU hash"),
     ] {
         bench.sketch(program, map, name, &mut table)?;
+    }
+    section.table(&table);
+    section.table(&ratios);
+
+    let mut table = Table::new(
+        "From outside and to the outside, with source NAT to the node",
+        &COLUMNS,
+    );
+    let mut ratios = Table::new(
+        "`from_netdev`, from outside, endpoint on the other node, IPv4: times the sketch's",
+        &COLUMNS,
+    );
+    for (at, family) in (0..).zip([Family::V4, Family::V6]) {
+        for (route, name) in [
+            (Route::NodePort, "n"),
+            (Route::LoadBalancer, "b"),
+            (Route::Outside, "o"),
+        ] {
+            let mut bench = Bench::new(&format!("{name}{at}"), CONNECTIONS_DEFAULT, plan)?;
+            bench.with_flows(family, route, &mut table, &mut ratios)?;
+        }
     }
     section.table(&table);
     section.table(&ratios);
@@ -151,21 +176,6 @@ struct Bench {
     plan: Plan,
 }
 
-/// Figures of a program and, where it has one, of its rival.
-struct Cells {
-    own: Vec<String>,
-    rival: Vec<String>,
-    ratio: Vec<String>,
-}
-
-impl Cells {
-    fn push(&mut self, figures: &Beside) {
-        self.own.push(figures.own.to_string());
-        self.rival.push(figures.rival.to_string());
-        self.ratio.push(format!("{:.2}", figures.ratio));
-    }
-}
-
 impl Bench {
     fn new(name: &str, connections: u32, plan: Plan) -> Result<Self> {
         Ok(Self {
@@ -173,259 +183,6 @@ impl Bench {
             harness: Harness::load()?,
             plan,
         })
-    }
-
-    fn with_flows(
-        &mut self,
-        family: Family,
-        route: Route,
-        table: &mut Table,
-        ratios: &mut Table,
-    ) -> Result<()> {
-        let (name, way) = match route {
-            Route::RemoteService => ("other node", outcome::REMOTE),
-            _ => ("this node", outcome::LOCAL),
-        };
-        let tuples = lab::connections(family, route, CLIENT, self.plan.most());
-        let known = self.known_flows(family, way, &tuples)?;
-        let replies = match route {
-            Route::RemoteService => self.replies(family, &tuples)?,
-            _ => self.local_replies(family, &tuples)?,
-        };
-        let new = self.new_flows(family, &tuples, way)?;
-        self.open(family, &tuples)?;
-        let used = self.steady_beside(family, way, &tuples[..self.plan.flows[1] as usize])?;
-
-        let mut cells = Cells {
-            own: vec![format!(
-                "`from_pod`, Service, endpoint on {name}, {}",
-                family_name(family)
-            )],
-            rival: vec!["sketch, plain hash, IPv4".to_owned()],
-            ratio: vec![String::new()],
-        };
-        for figures in [&[new][..], &known, &[used]].concat() {
-            cells.push(&figures);
-        }
-        table.row(cells.own);
-        table.row(replies);
-        if has_rival(family, route) {
-            table.row(cells.rival);
-            ratios.row(cells.ratio);
-        }
-        Ok(())
-    }
-
-    /// For each number of flows: opens that many and measures their packets.
-    fn known_flows(&mut self, family: Family, way: u8, tuples: &[Tuple]) -> Result<Vec<Beside>> {
-        let flows = self.plan.flows;
-        flows
-            .into_iter()
-            .map(|flows| {
-                let tuples = &tuples[..flows as usize];
-                self.open(family, tuples)?;
-                self.steady_beside(family, way, tuples)
-            })
-            .collect()
-    }
-
-    /// Enters connections in Weir's table and in the sketch's.
-    fn open(&mut self, family: Family, tuples: &[Tuple]) -> Result<()> {
-        let frames = from_pod_frames(tuples, Kind::Syn);
-        self.harness.set_frames(&frames, family == Family::V6)?;
-        let count = u32::try_from(tuples.len())?;
-        let device = self.lab.device(CLIENT);
-        for program in [Some(self.program(Hook::FromPod)?), self.rival(family)?]
-            .iter()
-            .flatten()
-        {
-            self.harness.pair(program, device, count)?;
-        }
-        Ok(())
-    }
-
-    /// The sketch; it knows IPv4 only.
-    fn rival(&mut self, family: Family) -> Result<Option<ProgramFd>> {
-        match family {
-            Family::V4 => self.harness.own("sketch_hash").map(Some),
-            Family::V6 => Ok(None),
-        }
-    }
-
-    /// Packets of known connections, and the rival's time for the same.
-    fn steady_beside(&mut self, family: Family, way: u8, tuples: &[Tuple]) -> Result<Beside> {
-        let Plan { pairs, repeat, .. } = self.plan;
-        let frames = in_any_order(from_pod_frames(tuples, Kind::Ack));
-        let device = self.lab.device(CLIENT);
-        let from_pod = self.program(Hook::FromPod)?;
-        let rival = self.rival(family)?;
-        self.harness.set_frames(&frames, family == Family::V6)?;
-        let before = self.counters(Hook::FromPod)?;
-        let figures = match rival {
-            Some(rival) => self
-                .harness
-                .beside(&from_pod, &rival, device, repeat, pairs)?,
-            None => Beside::alone(self.harness.pairs(&from_pod, device, repeat, pairs)?),
-        };
-        let after = self.counters(Hook::FromPod)?;
-        expect(&before, &after, way, repeat * (pairs + 1))?;
-        expect(&before, &after, outcome::FLOW_CREATED, 0)?;
-        expect(&before, &after, outcome::FLOW_STALE, 0)?;
-        Ok(figures)
-    }
-
-    fn replies(&mut self, family: Family, tuples: &[Tuple]) -> Result<Vec<String>> {
-        let from_netdev = self.program(Hook::FromNetdev)?;
-        let device = self.lab.uplink();
-        let replies = self.lab.replies(family, tuples)?;
-        let mut row = vec![
-            format!(
-                "`from_netdev`, reply from the other node, {}",
-                family_name(family)
-            ),
-            String::new(),
-        ];
-        for flows in self.plan.flows {
-            let frames: Vec<Frame> = replies[..flows as usize]
-                .iter()
-                .map(|tuple| Frame::new(tuple, Kind::Ack, UPLINK_MAC, host_mac(9)))
-                .collect();
-            let way = outcome::LOCAL;
-            let ns = self.steady(&from_netdev, Hook::FromNetdev, way, family, device, &frames)?;
-            row.push(ns.to_string());
-        }
-        Ok(row)
-    }
-
-    fn local_replies(&mut self, family: Family, tuples: &[Tuple]) -> Result<Vec<String>> {
-        let from_pod = self.program(Hook::FromPod)?;
-        let device = self.lab.device(LOCAL_SERVER);
-        let replies = self.lab.replies(family, tuples)?;
-        let mut row = vec![
-            format!("`from_pod`, reply from this node, {}", family_name(family)),
-            String::new(),
-        ];
-        for flows in self.plan.flows {
-            let frames: Vec<Frame> = replies[..flows as usize]
-                .iter()
-                .map(|tuple| {
-                    let (to, from) = (host_mac(LOCAL_SERVER), pod_mac(LOCAL_SERVER));
-                    Frame::new(tuple, Kind::Ack, to, from)
-                })
-                .collect();
-            let way = outcome::LOCAL;
-            let ns = self.steady(&from_pod, Hook::FromPod, way, family, device, &frames)?;
-            row.push(ns.to_string());
-        }
-        Ok(row)
-    }
-
-    /// Packets of pods that have no entry: only addresses decide.
-    fn without_flows(&mut self, family: Family, table: &mut Table) -> Result<()> {
-        let from_pod = self.program(Hook::FromPod)?;
-        for (client, who) in [
-            (PLAIN_CLIENT, "pod without Services"),
-            (CLIENT, "pod that uses Services"),
-        ] {
-            for (route, to, way) in [
-                (Route::LocalPod, "pod of this node", outcome::LOCAL),
-                (Route::RemotePod, "pod of the other node", outcome::REMOTE),
-            ] {
-                if client == CLIENT {
-                    self.make_client_stateful(family)?;
-                }
-                let device = self.lab.device(client);
-                let mut row = vec![format!(
-                    "`from_pod`, {who} to {to}, {}",
-                    family_name(family)
-                )];
-                for flows in [self.plan.flows[0], self.plan.flows[1]] {
-                    let tuples = lab::connections(family, route, client, flows);
-                    let frames: Vec<Frame> = tuples
-                        .iter()
-                        .map(|tuple| {
-                            Frame::new(tuple, Kind::Ack, host_mac(client), pod_mac(client))
-                        })
-                        .collect();
-                    let ns = self.steady(&from_pod, Hook::FromPod, way, family, device, &frames)?;
-                    row.push(ns.to_string());
-                }
-                table.row(row);
-            }
-        }
-        self.arrivals(family, table)
-    }
-
-    fn arrivals(&mut self, family: Family, table: &mut Table) -> Result<()> {
-        let from_netdev = self.program(Hook::FromNetdev)?;
-        let mut row = vec![format!(
-            "`from_netdev`, other node to a pod without Services, {}",
-            family_name(family)
-        )];
-        for flows in [self.plan.flows[0], self.plan.flows[1]] {
-            let frames: Vec<Frame> =
-                lab::connections(family, Route::RemotePod, PLAIN_CLIENT, flows)
-                    .iter()
-                    .map(|tuple| {
-                        let back = Tuple {
-                            source: tuple.destination,
-                            destination: tuple.source,
-                        };
-                        Frame::new(&back, Kind::Ack, UPLINK_MAC, host_mac(9))
-                    })
-                    .collect();
-            let (way, device) = (outcome::LOCAL, self.lab.uplink());
-            let ns = self.steady(&from_netdev, Hook::FromNetdev, way, family, device, &frames)?;
-            row.push(ns.to_string());
-        }
-        table.row(row);
-        Ok(())
-    }
-
-    /// One connection through a Service, so that the client's other packets ask the flow table.
-    fn make_client_stateful(&mut self, family: Family) -> Result<()> {
-        let tuples = lab::connections(family, Route::RemoteService, CLIENT, 1);
-        let frames = from_pod_frames(&tuples, Kind::Syn);
-        self.harness.set_frames(&frames, family == Family::V6)?;
-        let from_pod = self.program(Hook::FromPod)?;
-        let device = self.lab.device(CLIENT);
-        self.harness.pair(&from_pod, device, 1)?;
-        Ok(())
-    }
-
-    /// Every packet opens a connection; none is known before a round.
-    fn new_flows(&mut self, family: Family, tuples: &[Tuple], way: u8) -> Result<Beside> {
-        let frames = from_pod_frames(tuples, Kind::Syn);
-        self.harness.set_frames(&frames, family == Family::V6)?;
-        let from_pod = self.program(Hook::FromPod)?;
-        let rival = self.rival(family)?;
-        let rival_map = self.harness.own_map("SKETCH_HASH")?;
-        let device = self.lab.device(CLIENT);
-        let count = u32::try_from(tuples.len())?;
-        let mut pairs = Vec::new();
-        for _ in 0..self.plan.rounds {
-            self.lab.clear_flows(family)?;
-            lab::clear(&rival_map)?;
-            let before = self.counters(Hook::FromPod)?;
-            let own = self.harness.pair(&from_pod, device, count)?;
-            let after = self.counters(Hook::FromPod)?;
-            expect(&before, &after, way, count)?;
-            expect(&before, &after, outcome::FLOW_CREATED, count)?;
-            let other = match &rival {
-                Some(rival) => {
-                    let value = self.harness.pair(rival, device, count)?;
-                    let entries = rival_map.keys()?.len();
-                    ensure!(
-                        entries == 2 * tuples.len(),
-                        "the sketch has entered {entries} entries for {count} connections"
-                    );
-                    value
-                }
-                None => own,
-            };
-            pairs.push((own, other));
-        }
-        Beside::of(&pairs)
     }
 
     /// The table is smaller than the number of connections: for each new one another gives way.
@@ -481,50 +238,6 @@ impl Bench {
         Ok(spread)
     }
 
-    /// The rival over another kind of hash.
-    fn sketch(&mut self, program: &str, map: &str, name: &str, table: &mut Table) -> Result<()> {
-        let Plan {
-            repeat,
-            pairs,
-            rounds,
-            flows,
-        } = self.plan;
-        let tuples = lab::connections(Family::V4, Route::RemoteService, CLIENT, self.plan.most());
-        let target = self.harness.own(program)?;
-        let map = self.harness.own_map(map)?;
-        let device = self.lab.device(CLIENT);
-        let mut known = Vec::new();
-        for flows in flows {
-            let tuples = &tuples[..flows as usize];
-            self.harness
-                .set_frames(&from_pod_frames(tuples, Kind::Syn), false)?;
-            self.harness.pair(&target, device, flows)?;
-            let frames = in_any_order(from_pod_frames(tuples, Kind::Ack));
-            self.harness.set_frames(&frames, false)?;
-            known.push(self.harness.pairs(&target, device, repeat, pairs)?);
-        }
-        self.harness
-            .set_frames(&from_pod_frames(&tuples, Kind::Syn), false)?;
-        let mut values = Vec::new();
-        for _ in 0..rounds {
-            lab::clear(&map)?;
-            values.push(self.harness.pair(&target, device, self.plan.most())?);
-        }
-        let new = Spread::of(values).context("no rounds")?;
-        let frames = from_pod_frames(&tuples[..flows[1] as usize], Kind::Ack);
-        self.harness.set_frames(&in_any_order(frames), false)?;
-        let used = self.harness.pairs(&target, device, repeat, pairs)?;
-        let mut row = vec![format!("sketch, {name}, IPv4")];
-        row.extend(
-            [&[new][..], &known, &[used]]
-                .concat()
-                .iter()
-                .map(Spread::to_string),
-        );
-        table.row(row);
-        Ok(())
-    }
-
     fn program(&mut self, hook: Hook) -> Result<ProgramFd> {
         Ok(self.lab.datapath.program(hook)?.fd()?.try_clone()?)
     }
@@ -554,11 +267,6 @@ fn expect(
         "outcome {outcome} was counted {packets} times instead of {expected}: before {before:?}, after {after:?}"
     );
     Ok(())
-}
-
-/// Whether the sketch does the same.
-fn has_rival(family: Family, route: Route) -> bool {
-    (family, route) == (Family::V4, Route::RemoteService)
 }
 
 /// Another order than that in which the connections are opened.

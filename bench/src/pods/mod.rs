@@ -1,6 +1,6 @@
 //! Pods of a two-node cluster beside two namespaces joined by a plain veth pair, in one run.
 
-mod traffic;
+pub mod traffic;
 
 use std::{
     net::{IpAddr, SocketAddr},

@@ -32,13 +32,13 @@ const TARGET_PORT: u16 = 8081;
 /// What the measured Service is reached at.
 const FRONTEND: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 96, 0, 10), 80);
 /// Range of all pods of a rival's node, which are not masqueraded.
-const PODS: &str = "10.244.0.0/16";
+pub const PODS: &str = "10.244.0.0/16";
 /// Services of one file of objects.
-const SERVICES_PER_FILE: u32 = 1000;
+pub const SERVICES_PER_FILE: u32 = 1000;
 /// How long it may take to load rules.
-const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
+pub const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// Services from which nftables is loaded without a map for each, see [`rules::nftables`].
-const NFTABLES_SHORT: usize = 5000;
+pub const NFTABLES_SHORT: usize = 5000;
 
 /// How a node knows its Services.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -102,7 +102,7 @@ impl Bed {
                 let pods = ["client", "a", "b"];
                 let pods = [2, 3, 4].map(|number| {
                     let name = pods[usize::from(number) - 2];
-                    routed_pod(&cluster, name, number)
+                    routed_pod(&cluster, "node1", name, number)
                 });
                 let pods = collect(pods)?.map(|(address, netns)| (Ok(address), Arc::new(netns)));
                 cluster
@@ -212,7 +212,9 @@ impl Bed {
             IpAddr::V6(address) => Err(anyhow::anyhow!("{address} is not IPv4")),
         });
         let measured = Service {
+            protocol: "tcp",
             frontend: FRONTEND,
+            load_balancer: None,
             endpoints: [a?, b?],
         };
         services.insert(services.len() / 2, measured);
@@ -253,7 +255,7 @@ impl Bed {
 }
 
 /// Settings of an agent. (Threads in the namespaces of a node and its pods are in its cgroup.)
-fn weir_arguments(kind: Kind) -> Vec<String> {
+pub fn weir_arguments(kind: Kind) -> Vec<String> {
     let mut arguments = ["--log", "info", "--services-max", "65536"]
         .map(str::to_owned)
         .to_vec();
@@ -270,15 +272,31 @@ fn collect<T>(items: [Result<T>; 3]) -> Result<[T; 3]> {
     Ok([a?, b?, c?])
 }
 
-/// A pod of a node that only routes: a veth pair, wired as Weir wires its own.
-fn routed_pod(cluster: &Cluster, name: &str, number: u8) -> Result<(IpAddr, NetNs)> {
-    let node = &cluster.node("node1").netns;
+/// A pod of a node that only routes: a veth pair, wired as Weir wires its own. Its address is that with
+/// the number in the node's range.
+///
+/// # Errors
+///
+/// The devices cannot be made.
+pub fn routed_pod(
+    cluster: &Cluster,
+    node: &str,
+    name: &str,
+    number: u8,
+) -> Result<(IpAddr, NetNs)> {
+    let node = cluster.node(node);
+    let range: ipnet::Ipv4Net = node
+        .pod_cidrs
+        .first()
+        .context("the node has no pod range")?
+        .parse()?;
+    let node = &node.netns;
     let pod = NetNs::create(&reaper::namespace_name(cluster.id(), &format!("p-{name}")))?;
     let (host_mac, pod_mac) = (
         format!("02:00:00:00:01:{number:02x}"),
         format!("02:00:00:00:02:{number:02x}"),
     );
-    let address = Ipv4Addr::new(10, 244, 1, number);
+    let address = Ipv4Addr::from_bits(range.network().to_bits() + u32::from(number));
     let device = format!("veth-{name}");
     node.ip(&format!(
         "link add name {device} address {host_mac} type veth \

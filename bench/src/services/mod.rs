@@ -1,9 +1,9 @@
 //! Connections through a ClusterIP, by the number of Services, beside connections to the
 //! endpoints' own addresses and beside kube-proxy's rules, all in one run.
 
-mod bed;
-mod rules;
-mod traffic;
+pub mod bed;
+pub mod rules;
+pub mod traffic;
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -444,7 +444,7 @@ fn load_table(plan: &Plan, contenders: &[Contender]) -> Table {
 }
 
 /// 50,000.
-fn thousands(number: u32) -> String {
+pub fn thousands(number: u32) -> String {
     match number {
         0..1000 => number.to_string(),
         _ => format!("{},{:03}", thousands(number / 1000), number % 1000),

@@ -1,7 +1,7 @@
 //! kube-proxy's rules for a number of Services: the text that `iptables-restore` and `nft -f` load.
 //! Chains, their order and their rules are those that Kubernetes documents (the virtual IP
-//! reference, KEP-3866 for nftables) and that are seen on its nodes; only ClusterIPs over TCP
-//! are here, each with two endpoints.
+//! reference, KEP-3866 for nftables) and that are seen on its nodes; only ClusterIPs
+//! and addresses of load balancers are here, each with two endpoints.
 
 use std::{
     fmt::{Display, Write as _},
@@ -16,8 +16,12 @@ const COMMENTS_MAX: usize = 1000;
 /// A Service with its endpoints.
 #[derive(Clone, Copy, Debug)]
 pub struct Service {
+    /// `tcp` or `udp`.
+    pub protocol: &'static str,
     /// ClusterIP and port.
     pub frontend: SocketAddrV4,
+    /// Address of a load balancer, with the same port and `externalTrafficPolicy: Cluster`.
+    pub load_balancer: Option<Ipv4Addr>,
     /// Address and port of each endpoint.
     pub endpoints: [SocketAddrV4; 2],
 }
@@ -60,7 +64,7 @@ pub fn iptables(services: &[Service], pods: &str) -> String {
          :KUBE-SERVICES - [0:0]\n:KUBE-NODEPORTS - [0:0]\n:KUBE-POSTROUTING - [0:0]\n\
          :KUBE-MARK-MASQ - [0:0]\n",
     );
-    for number in 0..services.len() {
+    for (number, service) in services.iter().enumerate() {
         line(
             &mut text,
             format_args!(":{} - [0:0]", service_chain(number)),
@@ -69,6 +73,12 @@ pub fn iptables(services: &[Service], pods: &str) -> String {
             line(
                 &mut text,
                 format_args!(":{} - [0:0]", endpoint_chain(number, endpoint)),
+            );
+        }
+        if service.load_balancer.is_some() {
+            line(
+                &mut text,
+                format_args!(":{} - [0:0]", external_chain(number)),
             );
         }
     }
@@ -93,11 +103,30 @@ pub fn iptables(services: &[Service], pods: &str) -> String {
     for (number, service) in services.iter().enumerate() {
         let (chain, to) = (service_chain(number), service.frontend);
         let name = comment(&format_args!("default/service-{number}:http cluster IP"));
+        let protocol = service.protocol;
         let matches = format!(
-            "-d {}/32 -p tcp{name} -m tcp --dport {}",
+            "-d {}/32 -p {protocol}{name} -m {protocol} --dport {}",
             to.ip(),
             to.port()
         );
+        if let Some(address) = service.load_balancer {
+            let external = external_chain(number);
+            let name = comment(&format_args!(
+                "default/service-{number}:http loadbalancer IP"
+            ));
+            let masquerade = comment(&format_args!(
+                "masquerade traffic for default/service-{number}:http external destinations"
+            ));
+            line(
+                &mut text,
+                format_args!(
+                    "-A KUBE-SERVICES -d {address}/32 -p {protocol}{name} -m {protocol} --dport {} -j {external}\n\
+                     -A {external}{masquerade} -j KUBE-MARK-MASQ\n\
+                     -A {external} -j {chain}",
+                    to.port()
+                ),
+            );
+        }
         let (first, second) = (endpoint_chain(number, 0), endpoint_chain(number, 1));
         line(
             &mut text,
@@ -114,7 +143,7 @@ pub fn iptables(services: &[Service], pods: &str) -> String {
                 &mut text,
                 format_args!(
                     "-A {chain} -s {}/32 -j KUBE-MARK-MASQ\n\
-                     -A {chain} -p tcp -m tcp -j DNAT --to-destination {to}",
+                     -A {chain} -p {protocol} -m {protocol} -j DNAT --to-destination {to}",
                     to.ip()
                 ),
             );
@@ -135,6 +164,11 @@ pub fn iptables(services: &[Service], pods: &str) -> String {
 /// As long as kube-proxy's, which end in a hash.
 fn service_chain(number: usize) -> String {
     format!("KUBE-SVC-{number:016X}")
+}
+
+/// See [`service_chain`].
+fn external_chain(number: usize) -> String {
+    format!("KUBE-EXT-{number:016X}")
 }
 
 /// See [`service_chain`].
@@ -179,12 +213,24 @@ pub fn nftables(services: &[Service], pods: &str, measured: usize, short: bool) 
         line(
             &mut text,
             format_args!(
-                "{} . tcp . {} : goto {},",
+                "{} . {} . {} : goto {},",
                 to.ip(),
+                service.protocol,
                 to.port(),
                 nftables_name("service", number)
             ),
         );
+        if let Some(address) = service.load_balancer {
+            line(
+                &mut text,
+                format_args!(
+                    "{address} . {} . {} : goto {},",
+                    service.protocol,
+                    to.port(),
+                    nftables_name("external", number)
+                ),
+            );
+        }
     }
     text.push_str(NFTABLES_CHAINS);
     text
@@ -197,9 +243,10 @@ fn nftables_service(text: &mut String, number: usize, service: &Service, pods: &
             text,
             format_args!(
                 "chain {} {{\nip saddr {} jump mark-for-masquerade\n\
-                 meta l4proto tcp dnat to {to}\n}}",
+                 meta l4proto {} dnat to {to}\n}}",
                 endpoint(at),
-                to.ip()
+                to.ip(),
+                service.protocol
             ),
         );
     }
@@ -207,8 +254,9 @@ fn nftables_service(text: &mut String, number: usize, service: &Service, pods: &
     line(
         text,
         format_args!(
-            "chain {name} {{\nip daddr {} tcp dport {} ip saddr != {pods} jump mark-for-masquerade",
+            "chain {name} {{\nip daddr {} {} dport {} ip saddr != {pods} jump mark-for-masquerade",
             to.ip(),
+            service.protocol,
             to.port()
         ),
     );
@@ -222,6 +270,15 @@ fn nftables_service(text: &mut String, number: usize, service: &Service, pods: &
         line(
             text,
             format_args!("numgen random mod 2 vmap {{ 0 : goto {first}, 1 : goto {second} }}\n}}"),
+        );
+    }
+    if service.load_balancer.is_some() {
+        line(
+            text,
+            format_args!(
+                "chain {} {{\njump mark-for-masquerade\ngoto {name}\n}}",
+                nftables_name("external", number)
+            ),
         );
     }
 }
@@ -300,7 +357,9 @@ fn line(text: &mut String, line: impl Display) {
 /// Services beside the one that is measured: ClusterIPs and endpoints that nobody has.
 pub fn other(number: u32) -> Service {
     Service {
+        protocol: "tcp",
         frontend: SocketAddrV4::new(Ipv4Addr::from_bits(0x0a60_1000 + number), 80),
+        load_balancer: None,
         endpoints: [0, 1].map(|endpoint| {
             SocketAddrV4::new(
                 Ipv4Addr::from_bits(0x0b00_0000 + number * 2 + endpoint),
@@ -313,6 +372,28 @@ pub fn other(number: u32) -> Service {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_of_load_balancers_ask_for_masquerade_first() {
+        let address = Ipv4Addr::new(198, 18, 0, 1);
+        let service = Service {
+            protocol: "udp",
+            load_balancer: Some(address),
+            ..other(0)
+        };
+        let text = iptables(&[service], "10.244.0.0/16");
+        for rule in [
+            format!("-A KUBE-SERVICES -d {address}/32 -p udp"),
+            format!("-A {} -m comment", external_chain(0)),
+            format!("-A {} -j {}", external_chain(0), service_chain(0)),
+        ] {
+            assert!(text.contains(&rule), "{rule}");
+        }
+        assert!(!text.contains("tcp --dport"));
+        let text = nftables(&[service], "10.244.0.0/16", 0, false);
+        assert!(text.contains(&format!("{address} . udp . 80 : goto external-")));
+        assert!(text.contains("{\njump mark-for-masquerade\ngoto service-"));
+    }
 
     #[test]
     fn every_service_has_its_rules_and_comments_end_at_a_thousand_endpoints() {

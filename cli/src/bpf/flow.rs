@@ -10,7 +10,7 @@ use serde::Serialize;
 use weir_common::{
     Ipv4, Ipv6,
     address::Address,
-    flow::{ConnectionState, FlowEntry, FlowKey, TICKS_PER_SECOND, age, flag},
+    flow::{ConnectionState, FlowEntry, FlowKey, TICKS_PER_SECOND, age, flag, lasted},
     protocol,
 };
 
@@ -51,15 +51,29 @@ struct Row {
 }
 
 pub fn list(pins: &Pins, format: Format) -> anyhow::Result<()> {
-    let now = super::now()?;
-    let mut rows = family::<Ipv4>(pins, "FLOWS_V4", now)?;
-    rows.extend(family::<Ipv6>(pins, "FLOWS_V6", now)?);
+    let rows = rows(pins, directions::<Ipv4>, directions::<Ipv6>)?;
     output::list(format, &rows, table)
 }
 
-fn family<A>(pins: &Pins, name: &str, now: u32) -> anyhow::Result<Vec<Row>>
+/// What is to be shown of the flow tables of both families, at this moment.
+pub fn rows<R>(
+    pins: &Pins,
+    v4: fn(&Entries<Ipv4>, u32) -> Vec<R>,
+    v6: fn(&Entries<Ipv6>, u32) -> Vec<R>,
+) -> anyhow::Result<Vec<R>> {
+    let now = super::now()?;
+    let mut rows = v4(&entries(pins, "FLOWS_V4")?, now);
+    rows.extend(v6(&entries(pins, "FLOWS_V6")?, now));
+    Ok(rows)
+}
+
+/// Entries of a flow table by their keys.
+pub type Entries<A> = HashMap<FlowKey<A>, FlowEntry<A>>;
+
+/// Reads a flow table.
+fn entries<A>(pins: &Pins, name: &str) -> anyhow::Result<Entries<A>>
 where
-    A: Address + Hash + Ord,
+    A: Address + Hash,
     FlowKey<A>: Pod,
     FlowEntry<A>: Pod,
 {
@@ -72,6 +86,11 @@ where
         let (key, value) = entry?;
         entries.insert(key, value);
     }
+    Ok(entries)
+}
+
+/// Every entry.
+fn directions<A: Address + Hash + Ord>(entries: &Entries<A>, now: u32) -> Vec<Row> {
     let mut keys: Vec<_> = entries.keys().copied().collect();
     // Both directions of a connection stand together, the older connection first.
     keys.sort_by_key(|key| {
@@ -93,18 +112,12 @@ where
             !forward,
         )
     });
-    Ok(keys
-        .iter()
-        .map(|key| {
-            let entry = &entries[key];
-            row(
-                key,
-                entry,
-                entries.get(&entry.partner_key(key.protocol)),
-                now,
-            )
-        })
-        .collect())
+    let rows = keys.iter().map(|key| {
+        let entry = &entries[key];
+        let partner = entries.get(&entry.partner_key(key.protocol));
+        row(key, entry, partner, now)
+    });
+    rows.collect()
 }
 
 fn row<A: Address>(
@@ -114,25 +127,7 @@ fn row<A: Address>(
     now: u32,
 ) -> Row {
     let reply = entry.flags & flag::REPLY != 0;
-    let state = partner.map_or("half", |partner| {
-        let replied = if reply {
-            entry.packets
-        } else {
-            partner.packets
-        } > 0;
-        let state = ConnectionState::new(key.protocol, entry.tcp_flags, partner.tcp_flags, replied);
-        match state {
-            ConnectionState::TcpSynSent => "syn-sent",
-            ConnectionState::TcpSynReceived => "syn-received",
-            ConnectionState::TcpEstablished | ConnectionState::SctpEstablished => "established",
-            ConnectionState::TcpFinWait => "fin-wait",
-            ConnectionState::TcpTimeWait => "time-wait",
-            ConnectionState::TcpClosed => "closed",
-            ConnectionState::Unanswered | ConnectionState::SctpOpening => "unanswered",
-            ConnectionState::Answered => "answered",
-            ConnectionState::IcmpEcho => "echo",
-        }
-    });
+    let state = state(key, entry, partner);
     Row {
         scope: names::flow_scope(key.scope),
         protocol: names::protocol(key.protocol),
@@ -164,6 +159,38 @@ fn row<A: Address>(
         ingress_set: entry.ingress_set,
         ring: entry.ring,
     }
+}
+
+/// State of a connection, from both entries; `half` when that of the other direction is missing.
+pub fn state<A: Address>(
+    key: &FlowKey<A>,
+    entry: &FlowEntry<A>,
+    partner: Option<&FlowEntry<A>>,
+) -> &'static str {
+    let reply = entry.flags & flag::REPLY != 0;
+    partner.map_or("half", |partner| {
+        let replied = if reply {
+            entry.packets
+        } else {
+            partner.packets
+        } > 0;
+        let lasted = lasted(entry.created, entry.last_seen, partner.last_seen);
+        let flags = (entry.tcp_flags, partner.tcp_flags);
+        let state = ConnectionState::new(key.protocol, flags.0, flags.1, replied, lasted);
+        match state {
+            ConnectionState::TcpSynSent => "syn-sent",
+            ConnectionState::TcpSynReceived => "syn-received",
+            ConnectionState::TcpEstablished | ConnectionState::SctpEstablished => "established",
+            ConnectionState::TcpFinWait => "fin-wait",
+            ConnectionState::TcpTimeWait => "time-wait",
+            ConnectionState::TcpClosed => "closed",
+            ConnectionState::Unanswered | ConnectionState::SctpOpening => "unanswered",
+            ConnectionState::Answered => "answered",
+            ConnectionState::Exchanged => "exchanged",
+            ConnectionState::IcmpEcho => "echo",
+            ConnectionState::IcmpAnswered => "echo-answered",
+        }
+    })
 }
 
 fn table(rows: &[Row]) -> Table {

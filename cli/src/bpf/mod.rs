@@ -20,6 +20,7 @@ mod ipcache;
 mod lb;
 mod metrics;
 mod names;
+mod nat;
 mod nexthop;
 
 /// Where pins are when nobody says otherwise.
@@ -42,6 +43,9 @@ enum Table {
     /// Connections that are translated or policed, one row for each direction.
     #[command(subcommand)]
     Flow(crate::List),
+    /// Connections that have an address of this node in place of their own.
+    #[command(subcommand)]
+    Nat(crate::List),
     /// Pods of this node.
     #[command(subcommand)]
     Endpoint(crate::List),
@@ -66,8 +70,9 @@ pub async fn run(arguments: &Arguments, socket: &Path, format: Format) -> anyhow
     };
     let pins = Pins::open(&root)?;
     match &arguments.table {
-        Table::Lb(lb::Lb::List(arguments)) => lb::list(&pins, arguments, format),
+        Table::Lb(lb::Lb::List(arguments)) => lb::list(&pins, arguments, socket, format).await,
         Table::Flow(_) => flow::list(&pins, format),
+        Table::Nat(_) => nat::list(&pins, format),
         Table::Endpoint(_) => endpoint::list(&pins, format),
         Table::Nexthop(_) => nexthop::list(&pins, format),
         Table::Ipcache(_) => ipcache::list(&pins, format),

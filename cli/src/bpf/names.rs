@@ -17,6 +17,7 @@ pub fn flow_scope(scope: u8) -> String {
         flow::scope::UNDERLAY => "underlay".to_owned(),
         flow::scope::HOST => "host".to_owned(),
         flow::scope::OVERLAY => "overlay".to_owned(),
+        flow::scope::DEVICE => "device".to_owned(),
         other => other.to_string(),
     }
 }
@@ -61,7 +62,7 @@ fn set_name(set: u32) -> String {
 
 /// What is said of an address in the ipcache.
 pub fn ipcache_flags(flags: u8) -> Vec<String> {
-    use ipcache::flag::{CLUSTER_IP, FRONTENDS, NODE_PORTS, REFUSE};
+    use ipcache::flag::{CLUSTER_IP, FRONTENDS, HOST_PORTS, NO_MASQUERADE, NODE_PORTS, REFUSE};
     flags_of(
         flags.into(),
         &[
@@ -69,6 +70,8 @@ pub fn ipcache_flags(flags: u8) -> Vec<String> {
             (NODE_PORTS.into(), "node-ports"),
             (REFUSE.into(), "refuse"),
             (CLUSTER_IP.into(), "cluster-ip"),
+            (HOST_PORTS.into(), "host-ports"),
+            (NO_MASQUERADE.into(), "no-masquerade"),
         ],
     )
 }
@@ -116,6 +119,7 @@ pub fn ipcache_class(class: u8) -> String {
         ipcache::class::REMOTE_NODE => "remote-node".to_owned(),
         ipcache::class::THIS_NODE => "this-node".to_owned(),
         ipcache::class::SERVICE => "service".to_owned(),
+        ipcache::class::OUTSIDE => "outside".to_owned(),
         other => other.to_string(),
     }
 }
@@ -126,6 +130,7 @@ pub fn next_hop_kind(kind: u8) -> String {
         next_hop::kind::NONE => "none".to_owned(),
         next_hop::kind::NEIGHBOUR => "neighbour".to_owned(),
         next_hop::kind::HOST => "host".to_owned(),
+        next_hop::kind::ROUTED => "routed".to_owned(),
         other => other.to_string(),
     }
 }

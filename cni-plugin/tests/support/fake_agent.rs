@@ -2,6 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
+    process::{Child, Command},
     sync::{Arc, Mutex},
     thread::JoinHandle,
 };
@@ -106,6 +107,31 @@ impl Drop for FakeAgent {
             let _ = thread.join();
         }
         let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+/// A process by an agent's name that has the lock beside the socket and serves nobody.
+pub struct StartingAgent(Child);
+
+impl StartingAgent {
+    pub fn start(directory: &Path) -> Self {
+        // A process has the name that it was started by.
+        let program = directory.join("weir-agent");
+        std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
+        let process = Command::new(&program).arg("600").spawn().unwrap();
+        std::fs::write(directory.join("agent.lock"), format!("{}\n", process.id())).unwrap();
+        Self(process)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for StartingAgent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

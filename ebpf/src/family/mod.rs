@@ -6,7 +6,11 @@ mod v6;
 
 use aya_ebpf::programs::TcContext;
 use weir_common::{
-    DropReason, address::Address, checksum::Summed, config::Config, endpoint::Endpoint,
+    DropReason,
+    address::Address,
+    checksum::Summed,
+    config::{Config, DeviceAddresses},
+    endpoint::Endpoint,
     ipcache::IpcacheEntry,
 };
 
@@ -38,6 +42,10 @@ pub trait Family: Sized {
     const SOURCE: u32;
     /// Protocol number of its ICMP.
     const ICMP: u8;
+    /// Type of its echo request.
+    const ECHO_REQUEST: u8;
+    /// Bit of [`Config::flags`] that has its traffic masqueraded.
+    const MASQUERADE: u32;
     /// Row of `FLOW_RING_STATE`.
     const RING_STATE: u32;
 
@@ -53,6 +61,12 @@ pub trait Family: Sized {
     fn local_addresses() -> &'static LocalAddresses;
     /// What an address is, by longest prefix.
     fn ipcache(address: Self::Address) -> Option<&'static IpcacheEntry>;
+
+    /// Whether a client is in one of the ranges of a Service port.
+    fn is_in_source_ranges(service_port: u32, client: Self::Address) -> bool;
+
+    /// The address that a device sends from; zero if it has none of this family.
+    fn device_address(device: &DeviceAddresses) -> Self::Address;
 
     /// Address of an endpoint; zero if it has none of this family.
     fn endpoint_address(endpoint: &Endpoint) -> Self::Address;
@@ -78,6 +92,10 @@ pub trait Family: Sized {
         scope: u8,
         packet: &mut Packet<Self::Address>,
     ) -> Result<(), DropReason>;
+
+    /// Source address of a packet whose headers have not been read yet, and whose network header stands at
+    /// `offset`.
+    fn source(ctx: &TcContext, offset: u32) -> Result<Self::Address, DropReason>;
 
     /// Writes a new header without options, for `length` bytes of `protocol`.
     fn write_header(
@@ -109,7 +127,11 @@ pub trait Family: Sized {
     fn hash_tuple(packet: &Packet<Self::Address>) -> u32;
 
     /// [`crate::decide::decide`] as a global function.
-    fn decide(sender: u32, ports_known: u32) -> u32;
+    fn decide(ctx: &TcContext, sender: u32, ports_known: u32) -> u32;
+    /// [`crate::route::find`] as a global function.
+    fn find_route(ctx: &TcContext) -> u32;
+    /// [`crate::route::find_source`] as a global function.
+    fn find_source(ctx: &TcContext) -> u32;
     /// [`crate::flow::reply_tuple_is_taken`] as a global function.
     fn reply_tuple_is_taken() -> u32;
     /// [`crate::refuse::refuse`] as a global function.
@@ -118,6 +140,14 @@ pub trait Family: Sized {
     fn resolve_ports(ctx: &TcContext) -> u32;
     /// [`crate::fragment::send_away`] as a global function.
     fn put_together(ctx: &TcContext, hook: u32, endpoint: u32) -> u32;
+    /// [`crate::flow::claim_reply_tuple`] as a global function.
+    fn claim_reply_tuple() -> u32;
+    /// [`crate::ring::examine_place`] as a global function.
+    fn examine_place(place: u32) -> u32;
+    /// [`crate::nat_port::claim`] as a global function.
+    fn claim_nat_port(hook: u32) -> u32;
+    /// [`crate::nat_port::examine_tenant`] as a global function.
+    fn examine_tenant() -> u32;
     /// [`crate::flow::enter`] as a global function.
     fn commit(ctx: &TcContext, hook: u32, sender: u32) -> u32;
 }

@@ -3,12 +3,13 @@
 use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::bpf_get_prandom_u32, programs::TcContext};
 use weir_common::{
     DropReason, Ipv4, checksum,
-    config::{Config, PodRange},
+    config::{self, Config, DeviceAddresses, PodRange},
     endpoint::Endpoint,
     hash,
     ipcache::IpcacheEntry,
     lookup::Lookup,
     protocol,
+    service::SourceRangeKey,
 };
 
 use super::{Family, InPodRange};
@@ -16,7 +17,7 @@ use crate::{
     access::{self, ETHERNET},
     answer, global,
     maps::{self, FlowRing, Flows, Fragments, Frontends, LocalAddresses},
-    packet::{Packet, fragment},
+    packet::{Packet, fragment, icmp_type},
 };
 
 /// Marker of the family.
@@ -74,6 +75,8 @@ impl Family for V4 {
     const HEADER: u32 = 20;
     const SOURCE: u32 = 12;
     const ICMP: u8 = protocol::ICMP;
+    const ECHO_REQUEST: u8 = icmp_type::ECHO_REQUEST;
+    const MASQUERADE: u32 = config::flag::MASQUERADE_V4;
     const RING_STATE: u32 = 0;
 
     #[inline(always)]
@@ -100,6 +103,23 @@ impl Family for V4 {
     fn ipcache(address: Ipv4) -> Option<&'static IpcacheEntry> {
         maps::count_lookup(Lookup::Ipcache);
         maps::IPCACHE_V4.get(&Key::new(32, address))
+    }
+
+    #[inline(always)]
+    fn is_in_source_ranges(service_port: u32, client: Ipv4) -> bool {
+        maps::count_lookup(Lookup::SourceRange);
+        let key = SourceRangeKey {
+            service_port: service_port.to_be_bytes(),
+            address: client,
+        };
+        maps::SOURCE_RANGES_V4
+            .get(&Key::new(32 + 32, key))
+            .is_some()
+    }
+
+    #[inline(always)]
+    fn device_address(device: &DeviceAddresses) -> Ipv4 {
+        device.v4
     }
 
     #[inline(always)]
@@ -189,6 +209,14 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn source(ctx: &TcContext, offset: u32) -> Result<Ipv4, DropReason> {
+        // SAFETY: plain bytes.
+        let header = unsafe { access::at::<Header>(ctx, offset) }.ok_or(DropReason::Malformed)?;
+        // SAFETY: checked by `at`.
+        Ok(unsafe { (*header).source })
+    }
+
+    #[inline(always)]
     fn write_header(
         ctx: &TcContext,
         source: &Ipv4,
@@ -261,8 +289,8 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn decide(sender: u32, ports_known: u32) -> u32 {
-        global::decide_v4(sender, ports_known)
+    fn decide(ctx: &TcContext, sender: u32, ports_known: u32) -> u32 {
+        global::decide_v4(ctx.skb.skb, sender, ports_known)
     }
     #[inline(always)]
     fn reply_tuple_is_taken() -> u32 {
@@ -271,6 +299,30 @@ impl Family for V4 {
     #[inline(always)]
     fn refuse(ctx: &TcContext, sender: u32, reason: u32) -> u32 {
         global::refuse_v4(ctx.skb.skb, sender, reason)
+    }
+    #[inline(always)]
+    fn claim_reply_tuple() -> u32 {
+        global::claim_reply_tuple_v4()
+    }
+    #[inline(always)]
+    fn examine_place(place: u32) -> u32 {
+        global::examine_place_v4(place)
+    }
+    #[inline(always)]
+    fn claim_nat_port(hook: u32) -> u32 {
+        global::claim_nat_port_v4(hook)
+    }
+    #[inline(always)]
+    fn examine_tenant() -> u32 {
+        global::examine_tenant_v4()
+    }
+    #[inline(always)]
+    fn find_route(ctx: &TcContext) -> u32 {
+        global::find_route_v4(ctx.skb.skb)
+    }
+    #[inline(always)]
+    fn find_source(ctx: &TcContext) -> u32 {
+        global::find_source_v4(ctx.skb.skb)
     }
     #[inline(always)]
     fn resolve_ports(ctx: &TcContext) -> u32 {

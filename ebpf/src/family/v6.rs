@@ -3,12 +3,13 @@
 use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::bpf_csum_update, programs::TcContext};
 use weir_common::{
     DropReason, Ipv6,
-    config::{Config, PodRange},
+    config::{self, Config, DeviceAddresses, PodRange},
     endpoint::Endpoint,
     hash,
     ipcache::IpcacheEntry,
     lookup::Lookup,
     protocol::{self, extension},
+    service::SourceRangeKey,
 };
 
 use super::{Family, InPodRange};
@@ -16,7 +17,7 @@ use crate::{
     access::{self, ETHERNET, OFFSET_MASK},
     answer, global,
     maps::{self, FlowRing, Flows, Fragments, Frontends, LocalAddresses},
-    packet::{Packet, fragment},
+    packet::{Packet, fragment, icmp_type},
 };
 
 /// Marker of the family.
@@ -70,6 +71,8 @@ impl Family for V6 {
     const HEADER: u32 = HEADER;
     const SOURCE: u32 = 8;
     const ICMP: u8 = protocol::ICMPV6;
+    const ECHO_REQUEST: u8 = icmp_type::V6_ECHO_REQUEST;
+    const MASQUERADE: u32 = config::flag::MASQUERADE_V6;
     const RING_STATE: u32 = 1;
 
     #[inline(always)]
@@ -96,6 +99,23 @@ impl Family for V6 {
     fn ipcache(address: Ipv6) -> Option<&'static IpcacheEntry> {
         maps::count_lookup(Lookup::Ipcache);
         maps::IPCACHE_V6.get(&Key::new(128, address))
+    }
+
+    #[inline(always)]
+    fn is_in_source_ranges(service_port: u32, client: Ipv6) -> bool {
+        maps::count_lookup(Lookup::SourceRange);
+        let key = SourceRangeKey {
+            service_port: service_port.to_be_bytes(),
+            address: client,
+        };
+        maps::SOURCE_RANGES_V6
+            .get(&Key::new(32 + 128, key))
+            .is_some()
+    }
+
+    #[inline(always)]
+    fn device_address(device: &DeviceAddresses) -> Ipv6 {
+        device.v6
     }
 
     #[inline(always)]
@@ -186,6 +206,14 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn source(ctx: &TcContext, offset: u32) -> Result<Ipv6, DropReason> {
+        // SAFETY: plain bytes.
+        let header = unsafe { access::at::<Header>(ctx, offset) }.ok_or(DropReason::Malformed)?;
+        // SAFETY: checked by `at`.
+        Ok(unsafe { (*header).source })
+    }
+
+    #[inline(always)]
     fn write_header(
         ctx: &TcContext,
         source: &Ipv6,
@@ -251,8 +279,8 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn decide(sender: u32, ports_known: u32) -> u32 {
-        global::decide_v6(sender, ports_known)
+    fn decide(ctx: &TcContext, sender: u32, ports_known: u32) -> u32 {
+        global::decide_v6(ctx.skb.skb, sender, ports_known)
     }
     #[inline(always)]
     fn reply_tuple_is_taken() -> u32 {
@@ -261,6 +289,30 @@ impl Family for V6 {
     #[inline(always)]
     fn refuse(ctx: &TcContext, sender: u32, reason: u32) -> u32 {
         global::refuse_v6(ctx.skb.skb, sender, reason)
+    }
+    #[inline(always)]
+    fn claim_reply_tuple() -> u32 {
+        global::claim_reply_tuple_v6()
+    }
+    #[inline(always)]
+    fn examine_place(place: u32) -> u32 {
+        global::examine_place_v6(place)
+    }
+    #[inline(always)]
+    fn claim_nat_port(hook: u32) -> u32 {
+        global::claim_nat_port_v6(hook)
+    }
+    #[inline(always)]
+    fn examine_tenant() -> u32 {
+        global::examine_tenant_v6()
+    }
+    #[inline(always)]
+    fn find_route(ctx: &TcContext) -> u32 {
+        global::find_route_v6(ctx.skb.skb)
+    }
+    #[inline(always)]
+    fn find_source(ctx: &TcContext) -> u32 {
+        global::find_source_v6(ctx.skb.skb)
     }
     #[inline(always)]
     fn resolve_ports(ctx: &TcContext) -> u32 {

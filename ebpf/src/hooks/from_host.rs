@@ -3,7 +3,7 @@
 //! program runs; the second is seen on the loopback device.
 
 use aya_ebpf::programs::TcContext;
-use weir_common::{DropReason, flow::scope, metrics::Hook, protocol};
+use weir_common::{DropReason, flow::scope, ipcache, metrics::Hook, protocol};
 
 use super::{Kind, read_frame};
 use crate::{
@@ -72,12 +72,12 @@ fn decide_and_commit<F: Family>(
     ports_known: bool,
     on_loopback: bool,
 ) -> Result<Option<u32>, DropReason> {
-    decide::for_sender::<F>(decide::NODE, ports_known)?;
+    decide::for_sender::<F>(ctx, decide::NODE, ports_known)?;
     let decision = &scratch::decision::<F>()?.decision;
     if decision.stateful == 0 {
         // An address that Services share with others: the stack sends what comes from this device
         // on without the rule that led it here.
-        if on_loopback || decision.address_flags != 0 {
+        if on_loopback || decision.address_flags & u32::from(ipcache::flag::SERVED) != 0 {
             return Ok(None);
         }
         // The route is that of a Service which is gone: the stack would lead it here again.

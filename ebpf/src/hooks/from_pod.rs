@@ -21,11 +21,11 @@ use crate::{
 /// The program.
 #[inline(always)]
 pub fn run(ctx: &TcContext) -> Result<Verdict, DropReason> {
-    let frame = read_frame(ctx)?;
-    if access::is_tagged(ctx) {
+    if access::is_tagged(ctx) || !access::remove_priority_tag(ctx) {
         // The tag would leave the node with the packet.
         return Err(DropReason::UnsupportedL3);
     }
+    let frame = read_frame(ctx)?;
     let sender = local::of_device(ctx, HOST_MAC_PREFIX, frame.destination)?;
     match frame.kind {
         Kind::V4 => {
@@ -99,8 +99,13 @@ fn forward<F: Family>(
                 Some(next_hop::HOST) => return deliver::as_received_by_host(ctx),
                 Some(next_hop) => Hop::find(next_hop)?,
                 None => {
-                    decide::for_sender::<F>(sender.number, true)?;
-                    Hop::find(scratch::decision::<F>()?.decision.next_hop)?
+                    decide::for_sender::<F>(ctx, sender.number, true)?;
+                    let decision = &scratch::decision::<F>()?.decision;
+                    if decision.source_nat != 0 {
+                        // It tells of nothing that the outside has sent.
+                        return Err(DropReason::InvalidSource);
+                    }
+                    Hop::find(decision.next_hop)?
                 }
             }
         }
@@ -128,7 +133,7 @@ fn decide_and_commit<F: Family>(
     ports_known: bool,
     has_flows: bool,
 ) -> Result<u32, DropReason> {
-    decide::for_sender::<F>(sender.number, ports_known)?;
+    decide::for_sender::<F>(ctx, sender.number, ports_known)?;
     // Its replies must not be taken for those of a connection through a Service.
     if has_flows && packet.may_begin_flow() && F::reply_tuple_is_taken() != 0 {
         scratch::decision::<F>()?.decision.stateful = 1;

@@ -63,6 +63,12 @@ pub struct NodeConfig {
     pub nat_port_first: u16,
     /// Number of such ports.
     pub nat_port_count: u16,
+    /// What pods send to the outside over IPv4 gets an address of this node.
+    pub masquerade_v4: bool,
+    /// The same over IPv6.
+    pub masquerade_v6: bool,
+    /// Destinations to which pods keep their address.
+    pub non_masquerade_cidrs: Vec<IpNet>,
     /// Idle times of connections.
     pub timeouts: Timeouts,
     /// Cookie of the node's own network namespace, 0 if unknown.
@@ -85,12 +91,24 @@ impl Default for NodeConfig {
             gateway_v6: config::GATEWAY_V6.into(),
             nat_port_first: config::NAT_PORT_FIRST,
             nat_port_count: config::NAT_PORT_COUNT,
+            masquerade_v4: true,
+            masquerade_v6: true,
+            non_masquerade_cidrs: Vec::new(),
             timeouts: Timeouts::DEFAULT,
             netns_cookie: 0,
             host_ifindex: 0,
             refusals_per_second: config::REFUSALS_PER_SECOND,
         }
     }
+}
+
+/// The bits of [`config::flag`] that are configured.
+const MASQUERADE: u32 = config::flag::MASQUERADE_V4 | config::flag::MASQUERADE_V6;
+
+fn masquerade_flags(config: &NodeConfig) -> u32 {
+    let bit = |on, bit| if on { bit } else { 0 };
+    bit(config.masquerade_v4, config::flag::MASQUERADE_V4)
+        | bit(config.masquerade_v6, config::flag::MASQUERADE_V6)
 }
 
 /// See the module.
@@ -143,7 +161,7 @@ impl ConfigTable {
         }
         let row = Config {
             abi_version: ABI_VERSION,
-            flags: self.row.flags,
+            flags: self.row.flags & !MASQUERADE | masquerade_flags(config),
             loopback_v4: config.loopback_v4.into(),
             loopback_v6: config.loopback_v6.into(),
             gateway_v4: config.gateway_v4.into(),

@@ -3,6 +3,10 @@
 //! is written: kube-proxy's ipvs mode and node-local DNS caches put their addresses on a device of
 //! the node. Other frontends are marked by a flag, for they often stand at addresses of nodes. Pod ranges of this node of which only the first addresses have rows in
 //! `LOCAL_ADDRESSES_*` stand here for the rest, so that nothing from outside may claim to be there.
+//!
+//! Ranges to which pods keep their address have entries too, and their flag stands on every entry in them.
+//! A range that lies within another entry has none of its own: that entry says what the address is, and what is
+//! known there is never masqueraded.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -38,6 +42,8 @@ pub struct Ipcache {
     refuses_later: bool,
     /// Addresses of Services at which nothing is refused yet.
     lenient: BTreeSet<IpAddr>,
+    /// Ranges to which pods keep their address.
+    non_masquerade: BTreeSet<IpNet>,
 }
 
 /// Whether an entry is that of an address that Services serve and no node has.
@@ -110,7 +116,29 @@ impl Frontends {
 }
 
 impl Row {
-    fn wanted(&self) -> Option<IpcacheEntry> {
+    /// `place`: how the prefix lies to the ranges to which pods keep their address.
+    fn wanted(&self, place: Place) -> Option<IpcacheEntry> {
+        let outside = IpcacheEntry {
+            class: class::OUTSIDE,
+            ..IpcacheEntry::default()
+        };
+        let known = self.known();
+        let entry = known.or((place == Place::Range).then_some(outside))?;
+        let flags = match place {
+            Place::Apart => entry.flags & !flag::NO_MASQUERADE,
+            Place::Covered | Place::Range => entry.flags | flag::NO_MASQUERADE,
+        };
+        Some(IpcacheEntry { flags, ..entry })
+    }
+
+    /// Whether nodes, pods or Services have it, as far as is known, or had it before this agent.
+    fn is_anybodys(&self) -> bool {
+        let is_written = |entry: IpcacheEntry| entry.class != class::OUTSIDE;
+        self.known().is_some() || self.written.is_some_and(is_written)
+    }
+
+    /// What it is by nodes, pods and Services.
+    fn known(&self) -> Option<IpcacheEntry> {
         let this_node = self.large_range.then_some(IpcacheEntry {
             class: class::THIS_NODE,
             next_hop: next_hop::HOST,
@@ -144,6 +172,17 @@ impl Row {
     }
 }
 
+/// How a prefix lies to the ranges to which pods keep their address.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Place {
+    /// In none of them.
+    Apart,
+    /// In one of them.
+    Covered,
+    /// One of them itself, and no other entry says what it is part of.
+    Range,
+}
+
 /// The bits of [`flag`] that follow from frontends.
 const OF_FRONTENDS: u8 = flag::FRONTENDS | flag::REFUSE | flag::CLUSTER_IP;
 
@@ -169,6 +208,7 @@ impl Ipcache {
             service_addresses: BTreeSet::new(),
             refuses_later: false,
             lenient: BTreeSet::new(),
+            non_masquerade: BTreeSet::new(),
         })
     }
 
@@ -204,6 +244,59 @@ impl Ipcache {
             self.lenient.pop_first();
         }
         Ok(())
+    }
+
+    /// Pods keep their address to these ranges, and to no others.
+    ///
+    /// # Errors
+    ///
+    /// The map is full, or the kernel's; the call can be repeated.
+    pub fn set_non_masquerade(&mut self, ranges: &[IpNet]) -> Result<(), TableError> {
+        let wanted: BTreeSet<IpNet> = ranges.iter().map(IpNet::trunc).collect();
+        if wanted == self.non_masquerade {
+            return Ok(());
+        }
+        let before = std::mem::replace(&mut self.non_masquerade, wanted.clone());
+        let changed: Vec<IpNet> = wanted.symmetric_difference(&before).copied().collect();
+        let known = self.rows.iter().filter(|(_, row)| row.known().is_some());
+        let known = known.map(|(prefix, _)| *prefix);
+        let touched: BTreeSet<IpNet> = known
+            .filter(|prefix| changed.iter().any(|range| range.contains(prefix)))
+            .chain(changed.iter().copied())
+            // What an earlier agent has written is somebody's until all of the source is known.
+            .filter(|prefix| {
+                let row = self.rows.get(prefix).copied().unwrap_or_default();
+                row.known().is_some() || !row.is_anybodys()
+            })
+            .collect();
+        for prefix in touched {
+            if let Err(error) = self.write(prefix) {
+                self.non_masquerade = before;
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// How `prefix` lies to these ranges.
+    fn place(&self, prefix: IpNet) -> Place {
+        let ranges = &self.non_masquerade;
+        if ranges.contains(&prefix) && !self.is_within_another(prefix) {
+            Place::Range
+        } else if ranges.iter().any(|range| range.contains(&prefix)) {
+            Place::Covered
+        } else {
+            Place::Apart
+        }
+    }
+
+    /// Whether nodes or pods have a shorter prefix that `prefix` is part of.
+    fn is_within_another(&self, prefix: IpNet) -> bool {
+        let shorter = (0..prefix.prefix_len()).filter_map(|length| {
+            let covering = IpNet::new(prefix.addr(), length).ok()?;
+            self.rows.get(&covering.trunc())
+        });
+        shorter.into_iter().any(Row::is_anybodys)
     }
 
     /// Says what a prefix is, unless a Service has this address.
@@ -351,8 +444,9 @@ impl Ipcache {
         let stale: Vec<(IpNet, bool)> = self
             .rows
             .iter()
-            .filter(|(_, row)| row.found.is_some() || row.wanted().is_none())
-            .map(|(prefix, row)| (*prefix, forgotten(row).wanted().is_none()))
+            .map(|(prefix, row)| (prefix, row, self.place(*prefix)))
+            .filter(|(_, row, place)| row.found.is_some() || row.wanted(*place) != row.written)
+            .map(|(prefix, row, place)| (*prefix, forgotten(row).wanted(place).is_none()))
             .collect();
         let mut failed = None;
         let mut removed = 0;
@@ -411,9 +505,24 @@ impl Ipcache {
 
     fn change(&mut self, prefix: IpNet, edit: impl FnOnce(&mut Row)) -> Result<(), TableError> {
         let prefix = prefix.trunc();
+        edit(self.rows.entry(prefix).or_default());
+        self.write(prefix)?;
+        let ranges = self.non_masquerade.iter();
+        let within: Vec<IpNet> = ranges
+            .filter(|range| **range != prefix && prefix.contains(*range))
+            .copied()
+            .collect();
+        for range in within {
+            self.write(range)?;
+        }
+        Ok(())
+    }
+
+    /// Has the kernel have what is wanted of a prefix.
+    fn write(&mut self, prefix: IpNet) -> Result<(), TableError> {
+        let place = self.place(prefix);
         let row = self.rows.entry(prefix).or_default();
-        edit(row);
-        let wanted = row.wanted();
+        let wanted = row.wanted(place);
         if wanted != row.written {
             match wanted {
                 Some(entry) => {

@@ -5,6 +5,7 @@
 //! what nobody asks for again is swept by `prune`, once the source is synced.
 
 pub mod config;
+pub mod device_addresses;
 pub mod endpoints;
 pub mod ipcache;
 pub mod next_hops;
@@ -19,10 +20,11 @@ use std::io;
 use aya::{Pod, maps::MapError};
 
 pub use config::{ConfigTable, NodeConfig, usable_addresses};
+pub use device_addresses::DeviceTable;
 pub use endpoints::{EndpointRow, EndpointTable};
 pub use ipcache::Ipcache;
 pub use next_hops::{Hop, HopRef, NextHops};
-pub use services::{AffinityTable, AppliedService, Services};
+pub use services::{AffinityTable, AppliedService, Services, SourceRangeTable};
 
 use super::sys::{self, Cursor, RawMap};
 

@@ -1,7 +1,7 @@
 //! The writer of `NEXT_HOPS`: one row for each other node and family. Flows hold the number and
 //! the generation of a row, so a row changes its route in place and keeps its number as long as
 //! its node lives, over restarts of the agent too: there the numbers are found again through the
-//! ipcache entries that name them.
+//! ipcache entries that name them, or by the way that they lead.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use weir_common::{
     Ipv6,
     limits::NEXT_HOPS_MAX,
-    next_hop::{self, FIRST_ROW, NextHop, kind},
+    next_hop::{self, FIRST_ROW, NextHop, ROUTED, kind},
 };
 
 use super::{Ipcache, TableError, io_error, read_array};
@@ -30,6 +30,8 @@ pub struct Hop {
     pub gateway: IpAddr,
     /// MTU of the way, bytes (layer 3).
     pub mtu: u32,
+    /// This node's address towards there, of the family of the packets; `None`: it has none.
+    pub source: Option<IpAddr>,
 }
 
 /// Where an ipcache entry leads.
@@ -51,6 +53,9 @@ pub struct NextHops {
     numbers: HashMap<(String, Family), u32>,
     /// Numbers found in use at start and not claimed yet.
     unclaimed: BTreeSet<u32>,
+    /// Numbers found in use at start which no entry of the ipcache named, claimed or not: whose they are is not
+    /// known. Flows to any node with the same way may refer to them.
+    nameless: BTreeSet<u32>,
     /// Free row indices; the one that has been free for longest comes first.
     free: VecDeque<u32>,
 }
@@ -76,25 +81,39 @@ impl NextHops {
             .filter(|number| *number >= FIRST_ROW)
             .collect();
         let (mut unclaimed, mut free) = (BTreeSet::new(), VecDeque::new());
+        let mut nameless = BTreeSet::new();
         for (index, row) in (0..).zip(&rows) {
+            if FIRST_ROW + index == ROUTED {
+                continue;
+            }
             if row.kind != kind::NONE || named.contains(&(FIRST_ROW + index)) {
                 unclaimed.insert(FIRST_ROW + index);
+                if !named.contains(&(FIRST_ROW + index)) {
+                    nameless.insert(FIRST_ROW + index);
+                }
             } else {
                 free.push_back(index);
             }
         }
-        Ok(Self {
+        let mut table = Self {
             map,
             rows,
             numbers: HashMap::new(),
             unclaimed,
+            nameless,
             free,
-        })
+        };
+        let routed = NextHop {
+            kind: kind::ROUTED,
+            ..NextHop::default()
+        };
+        table.write(ROUTED, routed)?;
+        Ok(table)
     }
 
     /// Sets the way to a node for packets of a family; `None`: it cannot be reached now. Gives
     /// the number of the row, the same at every call. `prefixes` are the node's in the ipcache;
-    /// at the first call after a start they lead back to the row that it had.
+    /// at the first call after a start they lead back to the row that it had, or the way does.
     ///
     /// # Errors
     ///
@@ -110,12 +129,15 @@ impl NextHops {
         let key = (node.to_owned(), family);
         let (number, generation) = match self.numbers.get(&key) {
             Some(&number) => (number, self.row(number).generation),
-            None => match self.recovered(prefixes, ipcache) {
+            None => match self
+                .recovered(prefixes, ipcache)
+                .or_else(|| self.with_same_way(hop))
+            {
                 Some(number) => (number, self.row(number).generation),
                 None => {
                     let index = self.free.pop_front().ok_or(TableError::Full {
                         map: MAP,
-                        entries: NEXT_HOPS_MAX,
+                        entries: NEXT_HOPS_MAX - 1,
                         remedy: "the cluster has more nodes than it can hold",
                     })?;
                     let number = FIRST_ROW + index;
@@ -131,6 +153,7 @@ impl NextHops {
                 ifindex: hop.ifindex,
                 generation,
                 gateway: Ipv6::from_ip(hop.gateway),
+                source: hop.source.map_or_else(Ipv6::default, Ipv6::from_ip),
             },
             None => NextHop {
                 generation,
@@ -157,20 +180,26 @@ impl NextHops {
     pub fn remove(&mut self, node: &str, family: Family) -> Result<(), TableError> {
         let key = (node.to_owned(), family);
         if let Some(&number) = self.numbers.get(&key) {
-            self.clear(number)?;
+            if self.is_needed(number) {
+                self.unclaimed.insert(number);
+            } else {
+                self.clear(number)?;
+            }
             self.numbers.remove(&key);
         }
         Ok(())
     }
 
-    /// Removes every row that was found at start and that nobody has claimed since. Only once the
-    /// source is synced and after the ipcache has been pruned. Gives the number removed.
+    /// Removes every row that was found at start and that nobody has claimed since, but for those that may be of flows to
+    /// nodes which have another row now. Only once the source is synced and after the ipcache has been pruned. Gives the
+    /// number removed.
     ///
     /// # Errors
     ///
     /// The kernel's.
     pub fn prune(&mut self) -> Result<usize, TableError> {
-        let stale: Vec<u32> = self.unclaimed.iter().copied().collect();
+        let unclaimed = self.unclaimed.iter().copied();
+        let stale: Vec<u32> = unclaimed.filter(|row| !self.is_needed(*row)).collect();
         for &number in &stale {
             self.clear(number)?;
             self.unclaimed.remove(&number);
@@ -210,7 +239,8 @@ impl NextHops {
     /// Rows in use and rows there are.
     #[must_use]
     pub fn fill(&self) -> (u32, u32) {
-        let total = self.rows.len() as u32;
+        // One is nobody's: `ROUTED`.
+        let total = self.rows.len() as u32 - 1;
         (total - self.free.len() as u32, total)
     }
 
@@ -219,6 +249,34 @@ impl NextHops {
             .iter()
             .filter_map(|prefix| ipcache.next_hop(prefix.trunc()))
             .find(|number| self.unclaimed.contains(number))
+    }
+
+    /// Where the ipcache was made anew and names no row: one found at start that leads the same way. On a routed
+    /// network several may, and it is not known which was whose; for packets they are all the same, so that flows go
+    /// on in whichever, as long as each has somebody or stays ([`Self::is_needed`]).
+    fn with_same_way(&self, hop: Option<Hop>) -> Option<u32> {
+        let hop = hop?;
+        let leads_there = |number: &u32| {
+            let row = self.row(*number);
+            row.kind == kind::NEIGHBOUR
+                && row.ifindex == hop.ifindex
+                && row.gateway == Ipv6::from_ip(hop.gateway)
+                && row.source == hop.source.map_or_else(Ipv6::default, Ipv6::from_ip)
+        };
+        let mut nameless = self.nameless.intersection(&self.unclaimed).copied();
+        nameless.find(leads_there)
+    }
+
+    /// Whether a row that nobody has, or is to have any more, may be that of flows to a node which has another one:
+    /// the row was found without a name, and leads the same way.
+    fn is_needed(&self, number: u32) -> bool {
+        let way = |number: u32| {
+            let row = self.row(number);
+            (row.kind == kind::NEIGHBOUR).then_some((row.ifindex, row.gateway, row.source))
+        };
+        let Some(own) = way(number) else { return false };
+        let mut others = self.numbers.values().filter(|other| **other != number);
+        self.nameless.contains(&number) && others.any(|other| way(*other) == Some(own))
     }
 
     fn row(&self, number: u32) -> NextHop {
@@ -234,6 +292,7 @@ impl NextHops {
             ..NextHop::default()
         };
         self.write(number, empty)?;
+        self.nameless.remove(&number);
         self.free.push_back(number - FIRST_ROW);
         Ok(())
     }

@@ -94,13 +94,14 @@ pub(super) struct Wish {
 }
 
 impl Wish {
-    /// The frontends that follow when it is granted. `policies` are the internal and the external
-    /// traffic policy.
+    /// The frontends that follow when it is granted.
     ///
     /// Clients inside a node reach addresses that are meant for the outside as if they were in the
     /// policy `Cluster` (concepts: "Virtual IPs and Service Proxies", traffic policies).
-    pub fn frontends(&self, policies: (EndpointSet, EndpointSet)) -> Vec<Frontend> {
-        let (internal, external) = policies;
+    pub fn frontends(&self, policies: Policies) -> Vec<Frontend> {
+        let Policies {
+            internal, external, ..
+        } = policies;
         let frontend = |(scope, set)| Frontend {
             address: Some(self.claim.address).filter(|address| !address.is_unspecified()),
             port: self.claim.port,
@@ -109,6 +110,10 @@ impl Wish {
             set,
         };
         let ways = match self.claimant.kind {
+            // As kube-proxy, whose internal policy counts for all clients of a ClusterIP.
+            FrontendKind::ClusterIp if policies.cluster_ips_outside => {
+                vec![(Scope::Inside, internal), (Scope::Outside, internal)]
+            }
             FrontendKind::ClusterIp => vec![(Scope::Inside, internal)],
             FrontendKind::NodePort | FrontendKind::ExternalIp | FrontendKind::LoadBalancer => {
                 vec![
@@ -125,17 +130,43 @@ impl Wish {
     }
 }
 
-/// The sets that the traffic policies of a Service ask for, internal and external.
-pub(super) fn policies(service: &Service) -> (EndpointSet, EndpointSet) {
+/// Which endpoints serve which clients.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Policies {
+    /// The set that `internalTrafficPolicy` asks for.
+    pub internal: EndpointSet,
+    /// The set that `externalTrafficPolicy` asks for.
+    pub external: EndpointSet,
+    /// ClusterIPs are served for clients outside, too.
+    pub cluster_ips_outside: bool,
+}
+
+impl Policies {
+    /// For host ports: all endpoints.
+    pub const fn all() -> Self {
+        Self {
+            internal: EndpointSet::Cluster,
+            external: EndpointSet::Cluster,
+            cluster_ips_outside: false,
+        }
+    }
+}
+
+/// The policies of a Service.
+pub(super) fn policies(service: &Service, options: &ModelOptions) -> Policies {
     let set = |policy| match policy {
         TrafficPolicy::Cluster => EndpointSet::Cluster,
         TrafficPolicy::Local => EndpointSet::Local,
     };
-    (set(service.internal_policy), set(service.external_policy))
+    Policies {
+        internal: set(service.internal_policy),
+        external: set(service.external_policy),
+        cluster_ips_outside: options.cluster_ips_outside,
+    }
 }
 
 /// Whether a Service is ours.
-fn is_served(service: &Service, options: &ModelOptions) -> bool {
+pub(super) fn is_served(service: &Service, options: &ModelOptions) -> bool {
     let excluded = options.exclude_services.as_ref();
     service.service_type != ServiceType::ExternalName
         && !NOT_SERVED_LABELS
@@ -167,7 +198,7 @@ pub(super) fn why_not_served(service: &Service, options: &ModelOptions) -> &'sta
 
 /// Whether the Service has a ClusterIP of the family: without, it is not in that family at all, as
 /// with kube-proxy.
-fn has_family(service: &Service, family: Family) -> bool {
+pub(super) fn has_family(service: &Service, family: Family) -> bool {
     service
         .cluster_ips
         .iter()

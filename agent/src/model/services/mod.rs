@@ -3,9 +3,11 @@
 
 mod claims;
 mod endpoints;
+mod health_check;
 mod host_ports;
 mod problem;
 
+pub use health_check::HealthCheck;
 pub use problem::Problem;
 
 use std::{
@@ -16,7 +18,7 @@ use std::{
 use ipnet::IpNet;
 
 use self::{
-    claims::{Claim, Claimant, Wish},
+    claims::{Claim, Claimant, Policies, Wish},
     endpoints::Place,
     host_ports::HostPorts,
 };
@@ -37,6 +39,16 @@ struct Entry {
 
 /// Service ports that have changed; `None`: gone.
 type Ports = BTreeMap<ServicePortKey, Option<ServicePort>>;
+
+/// What [`Services::take_delta`] gives.
+#[derive(Debug, Default)]
+pub(super) struct ServicesDelta {
+    pub ports: Ports,
+    /// Endpoints that the ports which are still there have lost.
+    pub gone_endpoints: BTreeMap<ServicePortKey, Vec<BackendAddress>>,
+    /// `None`: no health check any more.
+    pub health_checks: BTreeMap<ObjectName, Option<HealthCheck>>,
+}
 
 /// Services, their EndpointSlices, and the state that follows from them.
 #[derive(Debug, Default)]
@@ -60,6 +72,7 @@ pub(super) struct Services {
     /// What is to be looked at by the next [`Services::take_delta`].
     dirty: BTreeSet<Owner>,
     desired: BTreeMap<ServicePortKey, ServicePort>,
+    health_checks: BTreeMap<ObjectName, HealthCheck>,
     problems: BTreeMap<Owner, Vec<Problem>>,
     service_count: usize,
 }
@@ -74,6 +87,10 @@ impl Services {
 
     pub(super) fn desired(&self) -> &BTreeMap<ServicePortKey, ServicePort> {
         &self.desired
+    }
+
+    pub(super) fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
+        &self.health_checks
     }
 
     pub(super) fn problems(&self) -> impl Iterator<Item = &Problem> {
@@ -217,10 +234,13 @@ impl Services {
         self.dirty.insert(Owner::Service(service));
     }
 
-    /// The ports that differ, and the endpoints that those which are still there have lost.
-    pub(super) fn take_delta(&mut self) -> (Ports, BTreeMap<ServicePortKey, Vec<BackendAddress>>) {
-        let mut delta = Ports::new();
-        let mut gone = BTreeMap::new();
+    /// What differs from the state after the last call.
+    pub(super) fn take_delta(&mut self) -> ServicesDelta {
+        let ServicesDelta {
+            ports: mut delta,
+            gone_endpoints: mut gone,
+            mut health_checks,
+        } = ServicesDelta::default();
         for owner in std::mem::take(&mut self.dirty) {
             let (mut wanted, problems) = self.desired_state_of(&owner);
             let known: Vec<ServicePortKey> = self
@@ -257,13 +277,36 @@ impl Services {
                 self.desired.insert(key.clone(), port.clone());
                 delta.insert(key, Some(port));
             }
+            if let Owner::Service(name) = &owner
+                && let Some(check) = self.update_health_check(name)
+            {
+                health_checks.insert(name.clone(), check);
+            }
             if problems.is_empty() {
                 self.problems.remove(&owner);
             } else {
                 self.problems.insert(owner, problems);
             }
         }
-        (delta, gone)
+        ServicesDelta {
+            ports: delta,
+            gone_endpoints: gone,
+            health_checks,
+        }
+    }
+
+    /// The health check that a Service asks for, if that is news.
+    fn update_health_check(&mut self, name: &ObjectName) -> Option<Option<HealthCheck>> {
+        let check = self.entries.get(name).and_then(|entry| {
+            let service = entry.service.as_ref()?;
+            let node = &self.options.node_name;
+            HealthCheck::of(service, &entry.slices, node, &self.options)
+        });
+        let before = match check {
+            Some(check) => self.health_checks.insert(name.clone(), check),
+            None => self.health_checks.remove(name),
+        };
+        (before != check).then_some(check)
     }
 
     /// Withdraws claims and enters others. Those who claim the same are looked at again: one may
@@ -322,7 +365,7 @@ impl Services {
         let Some(service) = &entry.service else {
             return (ports, problems);
         };
-        let policies = claims::policies(service);
+        let policies = claims::policies(service, &self.options);
         for wish in claims::wishes_of_service(service, &self.options) {
             let port = &service.ports[wish.claimant.index];
             if let Err(problem) = self.grant(&wish, &port.name) {
@@ -344,15 +387,21 @@ impl Services {
         };
         for (key, port) in &mut ports {
             port.affinity = service.affinity;
+            if has_load_balancer(port) {
+                port.source_ranges = service.source_ranges.of_family(key.family);
+            }
             endpoints::fill(port, key, &entry.slices, place);
             problems.extend(Problem::changed_sctp_ports(key, port));
         }
         let others = claims::of_missing_families(service, &self.options);
         problems.extend(others.into_iter().map(|a| Problem::other_family(owner, a)));
-        let is_balanced = ports.values().flat_map(|port| &port.frontends);
-        let mut is_balanced = is_balanced.map(|frontend| frontend.kind);
-        if service.has_source_ranges && is_balanced.any(|kind| kind == FrontendKind::LoadBalancer) {
-            problems.push(Problem::source_ranges(owner));
+        if ports.values().any(has_load_balancer) {
+            let invalid = service.source_ranges.invalid.iter();
+            problems.extend(invalid.map(|text| Problem::source_range(owner, text)));
+            let restricts = ports.values().any(|port| port.source_ranges.is_some());
+            if let (false, Some(range)) = (restricts, service.source_ranges.ranges.first()) {
+                problems.push(Problem::ranges_of_other_family(owner, *range));
+            }
         }
         (ports, problems)
     }
@@ -367,7 +416,6 @@ impl Services {
         let Some(host_ports) = self.host_ports.get(interface) else {
             return (ports, problems);
         };
-        let set = super::EndpointSet::Cluster;
         for wish in claims::wishes_of_pod(interface, host_ports) {
             if let Err(problem) = self.grant(&wish, "") {
                 problems.push(problem);
@@ -376,7 +424,7 @@ impl Services {
             let mapping = &host_ports.mappings[wish.claimant.index];
             let family = Family::of(wish.claim.address);
             let (key, port) = host_ports::service_port(owner, mapping, family);
-            add_frontends(ports.entry(key).or_insert(port), &wish, (set, set));
+            add_frontends(ports.entry(key).or_insert(port), &wish, Policies::all());
         }
         for (key, port) in &ports {
             problems.extend(Problem::changed_sctp_ports(key, port));
@@ -432,11 +480,7 @@ impl Services {
 
 /// Adds what a wish asks for. Where the port has two kinds of frontends at one address, the first
 /// one stands for both.
-fn add_frontends(
-    port: &mut ServicePort,
-    wish: &Wish,
-    policies: (super::EndpointSet, super::EndpointSet),
-) {
+fn add_frontends(port: &mut ServicePort, wish: &Wish, policies: Policies) {
     for frontend in wish.frontends(policies) {
         let is_same = |other: &super::Frontend| {
             other.address == frontend.address
@@ -447,6 +491,11 @@ fn add_frontends(
             port.frontends.insert(frontend);
         }
     }
+}
+
+fn has_load_balancer(port: &ServicePort) -> bool {
+    let mut frontends = port.frontends.iter();
+    frontends.any(|frontend| frontend.kind == FrontendKind::LoadBalancer)
 }
 
 /// The smallest key that an owner can have.

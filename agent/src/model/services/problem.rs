@@ -120,14 +120,31 @@ impl Problem {
         }
     }
 
-    /// Ranges of clients that are not looked at.
-    pub(super) fn source_ranges(owner: &Owner) -> Self {
+    /// A range of clients that is none.
+    pub(super) fn source_range(owner: &Owner, range: &str) -> Self {
         Self {
             owner: owner.clone(),
-            text: "loadBalancerSourceRanges are not enforced for pods and processes of the nodes: \
-                   its load balancer addresses serve all of them; restrict them by other means, \
-                   or exclude the Service (exclude-services)"
-                .to_owned(),
+            text: format!(
+                "{range:?} in loadBalancerSourceRanges is not a CIDR and lets nobody in; a family that has no \
+                 other range is closed. Give a range as 192.0.2.0/24 or 2001:db8::/32"
+            ),
+        }
+    }
+
+    /// Ranges of clients, all of the family that the load balancer has no address of. `range` is one of them.
+    pub(super) fn ranges_of_other_family(owner: &Owner, range: IpNet) -> Self {
+        let ranges = Family::of(range.addr());
+        let served = match ranges {
+            Family::V4 => Family::V6.name(),
+            Family::V6 => Family::V4.name(),
+        };
+        Self {
+            owner: owner.clone(),
+            text: format!(
+                "loadBalancerSourceRanges keeps nobody out: its ranges are of {} ({range}), its load balancer \
+                 addresses of {served}. Give ranges of {served}",
+                ranges.name()
+            ),
         }
     }
 

@@ -61,6 +61,7 @@ impl World {
             node_name: self.node.clone(),
             exclude_services: LabelSelector::parse(&self.excluded_label).ok(),
             exclude_cidrs: self.excluded_cidrs.clone(),
+            cluster_ips_outside: false,
         }
     }
 

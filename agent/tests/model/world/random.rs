@@ -8,7 +8,7 @@ use weir_agent::{
     model::{HostPort, PodInterface},
     objects::{
         EndpointSlice, Family, Hints, Node, Object, ObjectName, Pod, Protocol, Service,
-        ServicePort, ServiceType, SliceEndpoint, SlicePort, TrafficPolicy,
+        ServicePort, ServiceType, SliceEndpoint, SlicePort, SourceRanges, TrafficPolicy,
     },
     source::Change,
 };
@@ -109,6 +109,7 @@ impl Random {
             external_ips: self.some(1, Self::address),
             pod_cidrs: self.some(1, |random| random.pick(&CIDRS).parse().unwrap()),
             labels: zone.into_iter().collect(),
+            leaving: self.one_in(8),
         }
     }
 
@@ -154,7 +155,11 @@ impl Random {
             cluster_ips: self.some(2, Self::address),
             external_ips: self.some(1, Self::address),
             load_balancer_ips: self.some(1, Self::address),
-            has_source_ranges: false,
+            health_check_node_port: self.pick(&[0, 31_000, 31_001]),
+            source_ranges: SourceRanges::parse(self.some(2, |random| {
+                let ranges = ["192.0.2.0/24", "192.0.2.7/24", "2001:db8::/32", "everybody"];
+                random.pick(&ranges).to_owned()
+            })),
             internal_policy: self.policy(),
             external_policy: self.policy(),
             affinity: self.pick(&[None, None, Some(10_800), Some(1)]),

@@ -46,17 +46,17 @@ pub struct Packet {
 impl Reference {
     /// The endpoints that a packet may go to; `None` if no frontend takes it.
     pub fn endpoints_of(&self, packet: &Packet) -> Option<BTreeSet<BackendAddress>> {
-        let (_, port, set) = self.port_of(packet)?;
+        let (_, port, frontend) = self.port_of(packet)?;
         let members = port
             .backends
             .iter()
-            .filter(|(_, backend)| backend.is_in(set));
+            .filter(|(_, backend)| backend.is_in(frontend.set));
         Some(members.map(|(address, _)| *address).collect())
     }
 
-    /// The Service port that takes a packet, and which of its endpoints are for it. A frontend with
+    /// The Service port that takes a packet, and by which frontend. One with
     /// the packet's own address comes before node ports.
-    pub fn port_of(&self, packet: &Packet) -> Option<(&ServicePortKey, &ServicePort, EndpointSet)> {
+    pub fn port_of(&self, packet: &Packet) -> Option<(&ServicePortKey, &ServicePort, &Frontend)> {
         let every = packet.is_node_address.then_some(None);
         let found = [Some(Some(packet.address)), every].into_iter().flatten();
         let takes = |address| {
@@ -67,11 +67,19 @@ impl Reference {
                 let frontend = frontends.find(|f| {
                     (f.address, f.port, f.scope) == (address, packet.port, packet.scope)
                 })?;
-                Some((key, port, frontend.set))
+                Some((key, port, frontend))
             })
         };
         found.into_iter().find_map(takes)
     }
+}
+
+/// Whether a frontend of a port serves a client: with `loadBalancerSourceRanges` a load balancer address
+/// is for those in a range only.
+pub fn serves(port: &ServicePort, frontend: &Frontend, client: IpAddr) -> bool {
+    frontend.kind != FrontendKind::LoadBalancer
+        || (port.source_ranges.as_ref())
+            .is_none_or(|ranges| ranges.iter().any(|range| range.contains(&client)))
 }
 
 pub fn compute(world: &World) -> Reference {
@@ -197,11 +205,42 @@ fn add_service(reference: &mut Reference, service: &Service, world: &World) {
             }
         }
     }
+    let (mut is_balanced, mut is_restricted) = (false, false);
     for (key, row) in &mut reference.services {
         if key.owner == owner {
             choose_endpoints(key, row, world);
+            is_balanced |= restrict_clients(key, row, service);
+            is_restricted |= row.source_ranges.is_some();
         }
     }
+    if is_balanced {
+        let ranges = &service.source_ranges;
+        reference.problems += ranges.invalid.len();
+        if !is_restricted && !ranges.ranges.is_empty() {
+            // All of them are of the other family.
+            reference.problems += 1;
+        }
+    }
+}
+
+/// Says whether the port has load balancer addresses. A family without a range is not restricted, unless
+/// something is no range at all.
+fn restrict_clients(key: &ServicePortKey, row: &mut ServicePort, service: &Service) -> bool {
+    let mut kinds = row.frontends.iter().map(|frontend| frontend.kind);
+    if !kinds.any(|kind| kind == FrontendKind::LoadBalancer) {
+        return false;
+    }
+    let given = &service.source_ranges;
+    let mut ranges = BTreeSet::new();
+    for range in &given.ranges {
+        if Family::of(range.addr()) == key.family {
+            ranges.insert(*range);
+        }
+    }
+    if !ranges.is_empty() || !given.invalid.is_empty() {
+        row.source_ranges = Some(ranges);
+    }
+    true
 }
 
 /// An address with two purposes is shown with the first.

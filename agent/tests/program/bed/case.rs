@@ -29,6 +29,8 @@ pub enum Verdict {
     HostDevice,
     Local,
     Remote,
+    /// To the outside by the node's routes.
+    Routed,
     Answered,
     /// To be put together with the others of its datagram, or back from there.
     Defrag,
@@ -46,6 +48,9 @@ pub struct Lookups {
     pub fragment: u64,
     pub by_ifindex: u64,
     pub affinity: u64,
+    pub source_range: u64,
+    pub route: u64,
+    pub device_address: u64,
 }
 
 /// Lookups of an established connection: the promise.
@@ -56,6 +61,9 @@ pub const ESTABLISHED: Lookups = Lookups {
     fragment: 0,
     by_ifindex: 0,
     affinity: 0,
+    source_range: 0,
+    route: 0,
+    device_address: 0,
 };
 
 /// A packet that has been through a program.
@@ -101,7 +109,7 @@ impl Bed {
             if risen == 0 || outcome == outcome::EVENT_LOST {
                 continue;
             }
-            if (outcome::FLOW_CREATED..=outcome::REFUSAL_LIMITED).contains(&outcome) {
+            if (outcome::FLOW_CREATED..=outcome::NAT_PORT_SEARCH).contains(&outcome) {
                 *flow_counters.entry(outcome).or_default() += risen;
                 continue;
             }
@@ -110,6 +118,7 @@ impl Bed {
                 outcome::STACK => Verdict::Stack,
                 outcome::LOCAL => Verdict::Local,
                 outcome::REMOTE => Verdict::Remote,
+                outcome::ROUTED => Verdict::Routed,
                 outcome::ANSWERED => Verdict::Answered,
                 outcome::DEFRAG => Verdict::Defrag,
                 reason => Verdict::Dropped(DropReason::from_number(reason)),
@@ -145,6 +154,9 @@ impl Bed {
                 fragment: rise(3),
                 by_ifindex: rise(4),
                 affinity: rise(6),
+                source_range: rise(7),
+                route: rise(8),
+                device_address: rise(9),
             },
         }
     }
@@ -202,7 +214,7 @@ impl Bed {
         }
         let answered = matches!(seen.verdict, Verdict::Answered | Verdict::Refused(_));
         let answered = answered && !matches!(case.hook, Hook::FromPod | Hook::FromHost);
-        let done = seen.verdict == Verdict::Remote || answered;
+        let done = matches!(seen.verdict, Verdict::Remote | Verdict::Routed) || answered;
         let expected_mark = if done { mark::DONE << 20 } else { 0 };
         if seen.output.mark != expected_mark {
             wrong.push(format!("mark {:#x}", seen.output.mark));

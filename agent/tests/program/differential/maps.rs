@@ -10,17 +10,20 @@ use aya::maps::MapData;
 use ipnet::IpNet;
 use weir_agent::{
     datapath::sys::{self, Cursor, RawMap},
-    model::{BackendState, EndpointSet, Frontend, ServicePort, ServicePortKey},
+    model::{BackendState, EndpointSet, Frontend, FrontendKind, ServicePort, ServicePortKey},
     objects::Family,
 };
 use weir_common::{
     Ipv4, Ipv6,
     address::Address,
     affinity::{Affinity, AffinityKey},
-    ipcache::{IpcacheEntry, class},
+    ipcache::{IpcacheEntry, class, flag as address_flag},
     limits::SLOTS_PER_CHUNK,
     next_hop,
-    service::{Backend, FrontendKey, ServiceState, SlotIndex, backend_state, flag, state_row},
+    service::{
+        Backend, FrontendKey, ServiceState, SlotIndex, backend_state, flag,
+        frontend as frontend_bits, service_port_of_row, state_row,
+    },
 };
 
 use super::place::Places;
@@ -58,10 +61,10 @@ fn compare_frontends<'r>(
             let place = place_of(key, frontend);
             let row = rows.remove(&place);
             let row = row.unwrap_or_else(|| panic!("no frontend at {place:?} of {key:?}"));
-            let number = *numbers.entry(key).or_insert(row / 2);
+            let number = *numbers.entry(key).or_insert(service_port_of_row(row));
             assert_eq!(
                 row,
-                state_row(number, frontend.set.number()),
+                state_row(number, frontend.set.number()) | bits(port, frontend),
                 "{place:?} of {key:?}"
             );
         }
@@ -71,6 +74,15 @@ fn compare_frontends<'r>(
     assert_eq!(distinct.len(), numbers.len(), "{numbers:?}");
     assert!(!distinct.contains(&0), "{numbers:?}");
     numbers
+}
+
+/// What a frontend's value says beside the row.
+fn bits(port: &ServicePort, frontend: &Frontend) -> u32 {
+    match frontend.kind {
+        FrontendKind::NodePort => frontend_bits::NODE_PORT,
+        FrontendKind::LoadBalancer if port.source_ranges.is_some() => frontend_bits::SOURCE_RANGES,
+        _ => 0,
+    }
 }
 
 fn place_of(key: &ServicePortKey, frontend: &Frontend) -> FrontendPlace {
@@ -260,6 +272,18 @@ fn wanted_ipcache(reference: &Reference, places: &Places) -> BTreeMap<IpNet, Ipc
         let row = rows.entry(address.into());
         let row = row.or_insert((class::SERVICE, 0, false));
         row.1 |= places.flags_of_frontends(reference, address);
+    }
+    for range in places.kept_ranges() {
+        rows.entry(*range).or_insert((class::OUTSIDE, 0, false));
+    }
+    for (prefix, row) in &mut rows {
+        if places
+            .kept_ranges()
+            .iter()
+            .any(|range| range.contains(prefix))
+        {
+            row.1 |= address_flag::NO_MASQUERADE;
+        }
     }
     rows
 }

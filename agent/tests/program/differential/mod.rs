@@ -15,7 +15,7 @@ use std::{
 };
 
 use weir_agent::{
-    datapath::{DatapathOptions, NodeConfig},
+    datapath::DatapathOptions,
     model::{BackendAddress, Model, ServicePort, ServicePortKey},
     objects::{Family, Object, Protocol, ServiceType, SlicePort},
     source::Change,
@@ -24,11 +24,12 @@ use weir_common::{flow::TICKS_PER_SECOND, metrics::outcome};
 
 use self::{
     packets::{Open, Remembered},
-    place::Places,
+    place::{Masquerade, Places},
     probes::Sender,
 };
 use crate::{
     bed::{Bed, CLIENT, OTHER, SERVER, with_bed},
+    outside::add_device_of_both_families,
     support::FAMILIES,
     world::{
         Step, World,
@@ -94,11 +95,7 @@ fn walk(test: u64, seed: u64) {
     with_bed(Family::V4, small_tables, move |bed| {
         bed.family = Family::V6;
         bed.add_nodes();
-        let config = NodeConfig {
-            refusals_per_second: 0,
-            ..bed.node_config()
-        };
-        bed.datapath.config_mut().apply(&config).unwrap();
+        add_device_of_both_families(bed);
         let mut differential = Differential::new(bed, seed * TESTS + test);
         let mut worlds = 0;
         while differential.cases < cases {
@@ -300,7 +297,11 @@ impl<'b> Differential<'b> {
 
     /// Brings the world into the kernel, and compares model and maps with the reference.
     fn apply(&mut self) -> Reference {
-        let places = self.of_bed.with(&self.world);
+        let mut places = self.of_bed.with(&self.world);
+        places.masquerade = match self.random.one_in(3) {
+            true => Masquerade::random(&mut self.random),
+            false => self.places.masquerade.clone(),
+        };
         let places_first = self.random.one_in(2);
         if places_first {
             places.apply(self.bed, &self.places);
@@ -359,7 +360,7 @@ impl<'b> Differential<'b> {
         let of_packets = |outcome: u8| {
             outcome == outcome::REFUSED
                 || (outcome != outcome::EVENT_LOST
-                    && !(outcome::FLOW_CREATED..=outcome::REFUSAL_LIMITED).contains(&outcome))
+                    && !(outcome::FLOW_CREATED..=outcome::NAT_PORT_SEARCH).contains(&outcome))
         };
         let all = self.bed.datapath.counters().all().unwrap();
         let now: BTreeMap<(u32, u8), u64> = all

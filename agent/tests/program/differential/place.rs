@@ -8,7 +8,7 @@ use std::{
 
 use ipnet::IpNet;
 use weir_agent::{
-    datapath::HopRef,
+    datapath::{HopRef, NodeConfig},
     model::FrontendKind,
     objects::{Family, Object},
 };
@@ -17,8 +17,17 @@ use weir_common::ipcache::{class, flag};
 use crate::{
     bed::{Bed, CLIENT, OTHER, SERVER},
     support::FAMILIES,
-    world::{World, reference::Reference},
+    world::{World, random::Random, reference::Reference},
 };
+
+/// Ranges of which some are in `non-masquerade-cidrs`: that of the outside, and one of addresses that
+/// nodes and Services may have, for each family.
+const KEPT: [&str; 4] = [
+    "203.0.113.0/24",
+    "10.0.0.4/31",
+    "2001:db8::/64",
+    "fd00::4/127",
+];
 
 /// What is at an address, Services apart.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -31,12 +40,51 @@ pub enum Place {
     Stack,
 }
 
+/// What the node's settings say of what pods send to the outside.
+#[derive(Clone, Debug)]
+pub struct Masquerade {
+    v4: bool,
+    v6: bool,
+    kept: Vec<IpNet>,
+}
+
+impl Default for Masquerade {
+    fn default() -> Self {
+        Self {
+            v4: true,
+            v6: true,
+            kept: Vec::new(),
+        }
+    }
+}
+
+impl Masquerade {
+    pub fn random(random: &mut Random) -> Self {
+        let ranges = KEPT.into_iter().filter(|_| random.one_in(3));
+        Self {
+            kept: ranges.map(|range| range.parse().unwrap()).collect(),
+            v4: !random.one_in(5),
+            v6: !random.one_in(5),
+        }
+    }
+
+    /// Whether pods keep their address towards another one.
+    fn is_kept(&self, address: IpAddr) -> bool {
+        let is_on = match address {
+            IpAddr::V4(_) => self.v4,
+            IpAddr::V6(_) => self.v6,
+        };
+        !is_on || self.kept.iter().any(|range| range.contains(&address))
+    }
+}
+
 /// The places of a world. The pod range of this node is always the bed's.
 #[derive(Clone, Debug, Default)]
 pub struct Places {
     pods: BTreeMap<IpAddr, u32>,
     /// By prefix, a class of the ipcache.
     classes: BTreeMap<IpNet, u8>,
+    pub masquerade: Masquerade,
 }
 
 impl Places {
@@ -88,8 +136,16 @@ impl Places {
         places
     }
 
-    /// Makes the ipcache say so, which said `before`.
+    /// Makes the configuration and the ipcache say so, which said `before`.
     pub fn apply(&self, bed: &mut Bed, before: &Self) {
+        let config = NodeConfig {
+            refusals_per_second: 0,
+            masquerade_v4: self.masquerade.v4,
+            masquerade_v6: self.masquerade.v6,
+            non_masquerade_cidrs: self.masquerade.kept.clone(),
+            ..bed.node_config()
+        };
+        bed.datapath.config_mut().apply(&config).unwrap();
         for prefix in before.classes.keys() {
             if !self.classes.contains_key(prefix) {
                 bed.datapath.remove_ipcache(*prefix).unwrap();
@@ -108,7 +164,7 @@ impl Places {
     pub fn prefixes(&self) -> impl Iterator<Item = (IpNet, u8, u8)> {
         self.classes.iter().map(|(prefix, class)| {
             let flags = match *class {
-                class::THIS_NODE => flag::NODE_PORTS,
+                class::THIS_NODE => flag::NODE_PORTS | flag::HOST_PORTS,
                 _ => 0,
             };
             (*prefix, *class, flags)
@@ -130,6 +186,21 @@ impl Places {
             Some((_, &(class::REMOTE_PODS | class::REMOTE_NODE))) => Place::Remote,
             _ => Place::Stack,
         }
+    }
+
+    /// Whether pods that send to an address do so as the node: it is no node's and in no pod range, and
+    /// no setting says otherwise.
+    pub fn is_masqueraded(&self, address: IpAddr) -> bool {
+        let mut ranges = self.classes.keys();
+        !self.pods.contains_key(&address)
+            && !ranges.any(|range| range.contains(&address))
+            && !self.own_range().contains(&address)
+            && !self.masquerade.is_kept(address)
+    }
+
+    /// Ranges to which pods keep their address.
+    pub fn kept_ranges(&self) -> &[IpNet] {
+        &self.masquerade.kept
     }
 
     /// Whether it is an address of this node, where node ports are served.
@@ -169,13 +240,18 @@ impl Places {
         })
     }
 
-    /// The bits that frontends at their own address add to its row.
-    pub fn flags_of_frontends(&self, reference: &Reference, address: IpAddr) -> u8 {
+    /// Whether it is the ClusterIP of a Service.
+    pub fn is_cluster_ip(&self, reference: &Reference, address: IpAddr) -> bool {
         let ports = reference.services.values();
         let mut frontends = ports.flat_map(|port| &port.frontends);
-        let is_cluster_ip = frontends.any(|frontend| {
+        frontends.any(|frontend| {
             frontend.address == Some(address) && frontend.kind == FrontendKind::ClusterIp
-        });
+        })
+    }
+
+    /// The bits that frontends at their own address add to its row.
+    pub fn flags_of_frontends(&self, reference: &Reference, address: IpAddr) -> u8 {
+        let is_cluster_ip = self.is_cluster_ip(reference, address);
         let mut flags = flag::FRONTENDS;
         if self.is_refused(reference, address) {
             flags |= flag::REFUSE;

@@ -16,12 +16,15 @@ use crate::{
 
 /// Source ports are between this and the NAT ports; nothing is sent to one.
 pub const FIRST_SOURCE_PORT: u16 = 31_000;
+/// On this node.
 const SENDERS: [Sender; 4] = [
     Sender::Pod(CLIENT),
     Sender::Pod(SERVER),
     Sender::Pod(OTHER),
     Sender::Node,
 ];
+/// Clients outside: for each family one that is in a source range of random worlds, and one that is in none.
+const OUTSIDE: [Sender; 2] = [Sender::Outside(0), Sender::Outside(1)];
 /// Packets to meet all endpoints of a set; with ten of them it fails once in
 /// 10^17 times.
 const ENOUGH: usize = 400;
@@ -34,6 +37,37 @@ const FAR: usize = 12;
 pub enum Sender {
     Pod(u32),
     Node,
+    /// A client beyond the node's devices, by number.
+    Outside(u8),
+}
+
+impl Sender {
+    fn all() -> Vec<Self> {
+        SENDERS.into_iter().chain(OUTSIDE).collect()
+    }
+
+    /// Those for whom frontends of a scope are.
+    fn of(scope: Scope) -> &'static [Self] {
+        match scope {
+            Scope::Inside => &SENDERS,
+            Scope::Outside => &OUTSIDE,
+        }
+    }
+
+    pub fn scope(self) -> Scope {
+        match self {
+            Self::Outside(_) => Scope::Outside,
+            Self::Pod(_) | Self::Node => Scope::Inside,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pod(_) => "pod",
+            Self::Node => "node",
+            Self::Outside(_) => "outside",
+        }
+    }
 }
 
 /// The first packet of a connection, or a later one.
@@ -54,6 +88,17 @@ pub fn assert_complete(seen: &BTreeMap<String, usize>) {
         "SCTP with another port",
         "endpoint at a Service's address",
         "itself",
+        "source NAT",
+        "source NAT beyond the cluster",
+        "masqueraded",
+        "masqueraded SCTP",
+        "masqueraded to an endpoint",
+        "keeps its address",
+        "an answer to a pod",
+        "an answer to the outside",
+        "not in a source range",
+        "in a source range",
+        "a ClusterIP from outside",
         "not a Service's",
         "the route of a Service that is gone",
         "affinity",
@@ -80,6 +125,13 @@ pub fn assert_complete(seen: &BTreeMap<String, usize>) {
         for sender in ["pod", "node"] {
             wanted.push(format!("{} from {sender}", kind.name()));
         }
+        if kind != FrontendKind::ClusterIp {
+            wanted.push(format!("{} from outside", kind.name()));
+            wanted.push(format!("{} from outside to Cluster", kind.name()));
+        }
+    }
+    for kind in ["NodePort", "ExternalIP", "LoadBalancer"] {
+        wanted.push(format!("{kind} from outside to Local"));
     }
     for set in ["ClusterIP to Local", "ClusterIP to Cluster"] {
         wanted.push(set.to_owned());
@@ -98,22 +150,21 @@ impl Differential<'_> {
             .services
             .iter()
             .flat_map(|(key, port)| port.frontends.iter().map(move |f| (key.clone(), *f)))
-            .filter(|(_, frontend)| frontend.scope == Scope::Inside)
             .collect();
         let from_all = frontends
             .iter()
-            .flat_map(|f| SENDERS.map(|sender| (f, sender)));
+            .flat_map(|f| Sender::of(f.1.scope).iter().map(move |sender| (f, *sender)));
         for ((key, frontend), sender) in from_all {
             let probe = Probe {
                 sender,
                 ..self.probe(key, frontend)
             };
-            let sender = match probe.sender {
-                Sender::Pod(_) => "pod",
-                Sender::Node => "node",
-            };
             let kind = frontend.kind.name();
-            self.note(format!("{kind} from {sender}"));
+            let from = sender.name();
+            self.note(format!("{kind} from {from}"));
+            if frontend.scope == Scope::Outside {
+                self.note(format!("{kind} from {from} to {}", frontend.set.name()));
+            }
             self.note(format!("{kind} to {}", frontend.set.name()));
             self.send(reference, probe);
             if reference.services[key].affinity.is_some() {
@@ -135,7 +186,12 @@ impl Differential<'_> {
         crowded.retain(|(key, frontend)| {
             let port = &reference.services[key];
             let members = port.backends.values().filter(|b| b.is_in(frontend.set));
-            port.affinity.is_none() && key.protocol != Protocol::Sctp && members.count() > 1
+            // A restricted one is not there for every client.
+            let is_for_all = port.source_ranges.is_none();
+            is_for_all
+                && port.affinity.is_none()
+                && key.protocol != Protocol::Sctp
+                && members.count() > 1
         });
         for _ in 0..CROWDED.min(crowded.len()) {
             let (key, frontend) = self.random.pick(&crowded);
@@ -153,7 +209,7 @@ impl Differential<'_> {
             }
         };
         Probe {
-            sender: self.random.pick(&SENDERS),
+            sender: self.random.pick(Sender::of(frontend.scope)),
             address,
             port: frontend.port,
             protocol: key.protocol,
@@ -196,7 +252,7 @@ impl Differential<'_> {
             self.bed.outside(),
         ]);
         Probe {
-            sender: self.random.pick(&SENDERS),
+            sender: self.random.pick(&Sender::all()),
             address: self.random.pick(&addresses),
             port: self
                 .random
@@ -251,7 +307,7 @@ impl Differential<'_> {
                 (false, false) => "UDP moves",
             });
             if is_tcp || open.is_alive {
-                let allowed = self.translated(reference, probe, open.backend);
+                let allowed = self.translated(reference, probe, open.backend, open.changes_source);
                 self.run(probe, &[allowed]);
                 if self.random.one_in(2) {
                     self.open.push(open);

@@ -10,7 +10,7 @@ use serde::Serialize;
 use weir_common::{
     Ipv4, Ipv6,
     address::Address,
-    service::{Backend, FrontendKey, ServiceState, flag, service_port_of_row},
+    service::{Backend, FrontendKey, ServiceState, flag, frontend, service_port_of_row},
 };
 
 use super::{
@@ -68,7 +68,8 @@ impl Tables {
         A: Address + Ord,
         FrontendKey<A>: Pod,
     {
-        let row = |(key, state_row): (FrontendKey<A>, u32)| {
+        let row = |(key, value): (FrontendKey<A>, u32)| {
+            let state_row = value & frontend::ROW_MASK;
             Ok(Row {
                 address: frontend_address(&key),
                 port: key.port.get(),

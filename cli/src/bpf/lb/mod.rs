@@ -1,7 +1,7 @@
 //! `weir bpf lb list`: the tables of Services, all joined or each by itself: frontend → Service
 //! port and set of endpoints → slots → backends, and the endpoints that clients are held to.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, path::Path, time::Duration};
 
 use aya::{
     Pod,
@@ -14,7 +14,7 @@ use weir_common::{
 };
 
 use super::{Pins, names};
-use crate::{Format, output};
+use crate::{Format, output, service};
 
 mod affinity;
 mod backends;
@@ -22,6 +22,10 @@ mod frontends;
 mod joined;
 mod maglev;
 mod slots;
+mod source_ranges;
+
+/// How long the agent is waited for, for the names of Services.
+const NAMES_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Lb {
@@ -51,10 +55,18 @@ struct Which {
     /// Clients that session affinity holds to an endpoint.
     #[arg(long)]
     affinity: bool,
+    /// Clients that may use load balancer addresses (loadBalancerSourceRanges), by Service port.
+    #[arg(long)]
+    source_ranges: bool,
 }
 
 /// Shows what was asked for.
-pub fn list(pins: &Pins, arguments: &Arguments, format: Format) -> anyhow::Result<()> {
+pub async fn list(
+    pins: &Pins,
+    arguments: &Arguments,
+    socket: &Path,
+    format: Format,
+) -> anyhow::Result<()> {
     let which = &arguments.table;
     if which.frontends {
         frontends::list(pins, format)
@@ -64,6 +76,12 @@ pub fn list(pins: &Pins, arguments: &Arguments, format: Format) -> anyhow::Resul
         maglev::list(pins, format)
     } else if which.affinity {
         affinity::list(pins, format)
+    } else if which.source_ranges {
+        // Names help people; the tables are there without an agent, too.
+        let services = service::all(socket, NAMES_TIMEOUT)
+            .await
+            .unwrap_or_default();
+        source_ranges::list(pins, &services, format)
     } else {
         joined::list(pins, format)
     }

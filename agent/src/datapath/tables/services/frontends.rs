@@ -36,11 +36,23 @@ pub(in super::super) struct FrontendAddress {
 pub(in super::super) struct Target {
     pub set: EndpointSet,
     pub kind: FrontendKind,
+    /// Clients must be in one of the ranges of the port.
+    pub restricted: bool,
 }
 
 impl Target {
-    fn row(self, number: u32) -> u32 {
-        service::state_row(number, self.set.number())
+    /// The value in `FRONTENDS_*`, if the port has this number.
+    fn value(self, number: u32) -> u32 {
+        let kind = match self.kind {
+            FrontendKind::NodePort => service::frontend::NODE_PORT,
+            _ => 0,
+        };
+        let ranges = if self.restricted {
+            service::frontend::SOURCE_RANGES
+        } else {
+            0
+        };
+        service::state_row(number, self.set.number()) | kind | ranges
     }
 }
 
@@ -62,6 +74,8 @@ pub(super) fn frontends_of(
         let target = Target {
             set: frontend.set,
             kind: frontend.kind,
+            restricted: frontend.kind == FrontendKind::LoadBalancer
+                && desired.source_ranges.is_some(),
         };
         (address, target)
     });
@@ -168,7 +182,7 @@ impl Services {
         if let Some(address) = exact {
             ipcache.add_frontend(address, target.kind)?;
         }
-        let row = target.row(number);
+        let row = target.value(number);
         let before = self.owners.get(&frontend).copied();
         if before == Some(row) {
             return Ok(());
@@ -202,7 +216,7 @@ impl Services {
         if let Some(address) = frontend.exact_address() {
             ipcache.change_frontend(address, before.kind, after.kind)?;
         }
-        let row = after.row(number);
+        let row = after.value(number);
         let result = if self.owner(frontend) == Some(number) {
             self.frontends.insert(frontend, row)
         } else {

@@ -6,15 +6,16 @@
 //! A change is made in this order: rows of new backends, free regions of slots, the words that
 //! switch to them, then frontends, then the words of sets that no frontend leads to any more; what
 //! no word leads to is freed last, and used again only after an RCU grace period. Removing goes the
-//! other way. So a packet sees each set as it was or as it is, and a frontend never leads to nothing.
+//! other way. Ranges of clients stand before the frontends that they restrict, and go after them. So a packet sees each set as it was or as it is, and a frontend never leads to nothing.
 
 mod affinity;
 mod backends;
 mod frontends;
 mod numbers;
+mod source_ranges;
 mod switch;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use weir_common::{
@@ -23,7 +24,7 @@ use weir_common::{
     service::{FrontendKey, endpoint_set},
 };
 
-pub use self::affinity::AffinityTable;
+pub use self::{affinity::AffinityTable, source_ranges::SourceRangeTable};
 pub(super) use self::{
     backends::{BACKEND_WORDS, Row},
     frontends::{FrontendAddress, FrontendMaps, Target},
@@ -63,6 +64,8 @@ pub struct ServiceMaps {
     pub slots: RawMap,
     /// `AFFINITY` and `AFFINITY_TIMEOUTS`.
     pub affinity: AffinityTable,
+    /// `SOURCE_RANGES_V4` and `SOURCE_RANGES_V6`.
+    pub source_ranges: SourceRangeTable,
 }
 
 /// What [`Services::apply`] has put into the kernel.
@@ -85,6 +88,10 @@ pub struct ServiceFill {
     pub frontends_v4: (u32, u32),
     /// `FRONTENDS_V6`.
     pub frontends_v6: (u32, u32),
+    /// `SOURCE_RANGES_V4`.
+    pub source_ranges_v4: (u32, u32),
+    /// `SOURCE_RANGES_V6`.
+    pub source_ranges_v6: (u32, u32),
     /// `SERVICE_STATE`.
     pub services: (u32, u32),
     /// `BACKENDS`.
@@ -142,6 +149,7 @@ pub struct Services {
     /// Rows of other ports that want the same frontend; normally empty.
     waiting: HashMap<FrontendAddress, Vec<u32>>,
     affinity: AffinityTable,
+    source_ranges: SourceRangeTable,
     scratch: Vec<u32>,
 }
 
@@ -185,6 +193,7 @@ impl Services {
             owners: found.owners,
             waiting: HashMap::new(),
             affinity: maps.affinity,
+            source_ranges: maps.source_ranges,
             scratch: Vec::new(),
         })
     }
@@ -214,20 +223,23 @@ impl Services {
         let known = self.ports.remove(key).or_else(|| self.adopt(&wanted));
         let mut port = match known {
             Some(port) => port,
-            None => Port {
-                number: self.allocate_number()?,
-                ..Port::default()
-            },
+            None => self.new_port()?,
         };
+        // What finds no room is not let in; all else goes on.
+        let nobody = BTreeSet::new();
+        let clients = desired.source_ranges.as_ref().unwrap_or(&nobody);
+        let entered = self.source_ranges.add(port.number, clients);
         let result = self
             .begin_affinity(&mut port, desired)
             .and_then(|()| self.update_backends(&mut port, desired))
             .and_then(|()| self.update_frontends(&mut port, &wanted, ipcache))
             .and_then(|()| self.clear_sets(&mut port, desired))
+            .and_then(|()| self.source_ranges.retain(port.number, clients))
             .and_then(|()| match desired.affinity {
                 Some(_) => Ok(()),
                 None => self.end_affinity(&mut port),
-            });
+            })
+            .and(entered);
         let applied = AppliedService {
             number: port.number,
             slots: port.set(EndpointSet::Cluster).word.slots(),
@@ -267,6 +279,19 @@ impl Services {
                 }
             }
         }
+        let used: BTreeSet<u32> = self
+            .ports
+            .values()
+            .chain(self.orphans.values())
+            .map(|port| port.number)
+            .collect();
+        for number in self.source_ranges.numbers() {
+            if !used.contains(&number)
+                && let Err(error) = self.source_ranges.retain(number, &BTreeSet::new())
+            {
+                failed = failed.or(Some(error));
+            }
+        }
         let mut strays = std::mem::take(&mut self.stray_backends);
         let freed = self.free_backends(&mut strays);
         self.stray_backends = strays;
@@ -280,9 +305,12 @@ impl Services {
     pub fn fill(&self) -> ServiceFill {
         let v4 = self.owners.keys().filter(|f| f.address.is_ipv4()).count() as u32;
         let v6 = self.owners.len() as u32 - v4;
+        let [source_ranges_v4, source_ranges_v6] = self.source_ranges.fill();
         ServiceFill {
             frontends_v4: (v4, self.frontends.max),
             frontends_v6: (v6, self.frontends.max),
+            source_ranges_v4,
+            source_ranges_v6,
             services: (self.numbers.used(), self.numbers.total()),
             backends: (self.backend_numbers.used(), self.backend_numbers.total()),
             slot_chunks: (self.slots.len(), SLOT_CHUNKS_MAX),
@@ -311,11 +339,26 @@ impl Services {
             self.clear_set(port, set)?;
         }
         self.end_affinity(port)?;
+        self.source_ranges.retain(port.number, &BTreeSet::new())?;
         let backends = std::mem::take(&mut port.backends);
         port.leaving.extend(backends.iter().map(|row| row.number));
         self.free_backends(&mut port.leaving)?;
         self.quarantine.retire(Retired::Number(port.number));
         Ok(())
+    }
+
+    /// A port with a number of its own, to which nothing leads yet.
+    fn new_port(&mut self) -> Result<Port, TableError> {
+        let number = self.allocate_number()?;
+        // An agent that died may have left ranges at a number that no frontend led to.
+        if let Err(error) = self.source_ranges.retain(number, &BTreeSet::new()) {
+            self.numbers.free(number);
+            return Err(error);
+        }
+        Ok(Port {
+            number,
+            ..Port::default()
+        })
     }
 
     /// A port found at start that one of the frontends leads to.

@@ -1,212 +1,27 @@
-//! The flow table: what is known of a connection that is translated or policed.
-//!
-//! A connection has two entries, one for each direction, keyed by the tuple as it arrives at the
-//! hook. Each is complete: a packet needs its own entry only. Either gives the key of the other
-//! ([`FlowEntry::partner_key`]), so both can always be removed together.
+//! What state a connection is in, how long it may be idle in it, and in which order connections give way.
 
+use super::TICKS_PER_SECOND;
 use crate::{
-    Ipv4, Ipv6, Port,
-    address::Address,
     assert_abi_size, map_types,
     protocol::{self, tcp_flag},
 };
 
-/// Where a packet is seen. Stored as a byte; part of the key, so that the same tuple at two hooks
-/// makes two different entries.
-pub mod scope {
-    /// Leaving a pod (`from_pod`).
-    pub const POD: u8 = 0;
-    /// Entering the node from a device (`from_netdev`).
-    pub const UNDERLAY: u8 = 1;
-    /// Sent to a pod by the host's stack (`to_pod`).
-    pub const HOST: u8 = 2;
-    /// Entering the node from a tunnel.
-    pub const OVERLAY: u8 = 3;
-    /// Sent by the node itself, on its own device or on the loopback device (`from_host`).
-    pub const NODE: u8 = 4;
-    /// Of fragments only: back from being put together (`from_defrag`). The datagram's identification
-    /// is zero there, and the 'ports' of [`crate::metrics::FragmentPorts`] are the interface index of the device that it
-    /// came in by, byte order of the machine.
-    pub const DEFRAG: u8 = 5;
-}
+/// Ticks after which an answered flow of UDP is more than a question and its answer: two seconds, as in Linux
+/// (`nf_conntrack_proto_udp.c`).
+pub const STREAM_TICKS: u32 = 2 * TICKS_PER_SECOND;
 
-/// A key of `FLOWS_V4` and `FLOWS_V6`: the tuple as it arrives at the hook.
-#[repr(C, align(4))]
-#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
-pub struct FlowKey<A> {
-    /// Source address.
-    pub source: A,
-    /// Destination address.
-    pub destination: A,
-    /// Source port, or the identifier of an ICMP echo request.
-    pub source_port: Port,
-    /// Destination port, or the identifier of an ICMP echo reply.
-    pub destination_port: Port,
-    /// IANA protocol number.
-    pub protocol: u8,
-    /// One of [`scope`].
-    pub scope: u8,
-    /// Zero.
-    pub reserved: u16,
-}
-
-assert_abi_size!(FlowKey<Ipv4> = 16, FlowKey<Ipv6> = 40);
-map_types!(FlowKey<Ipv4>, FlowKey<Ipv6>);
-
-impl<A: Address> FlowKey<A> {
-    /// 32 bits that tell entries apart, stored in [`FlowEntry::tag`]. Not a hash for tables: it
-    /// costs a few instructions and need only differ between keys that succeed each other in a
-    /// recycled element.
-    #[inline(always)]
-    #[must_use]
-    pub fn tag(&self) -> u32 {
-        let ports =
-            u32::from(self.source_port.word()) << 16 | u32::from(self.destination_port.word());
-        let kind = u32::from(self.protocol) << 8 | u32::from(self.scope);
-        let mixed = self.source.fold() ^ self.destination.fold().rotate_left(13);
-        (mixed.wrapping_mul(0x9e37_79b1) ^ ports.wrapping_mul(0x85eb_ca77)).wrapping_add(kind)
-    }
-}
-
-/// Bits of [`FlowEntry::flags`].
-pub mod flag {
-    /// This entry is the replying direction.
-    pub const REPLY: u16 = 0x0001;
-    /// The source address or port is rewritten.
-    pub const REWRITE_SOURCE: u16 = 0x0002;
-    /// The destination address or port is rewritten.
-    pub const REWRITE_DESTINATION: u16 = 0x0004;
-    /// A pod that reaches itself through a Service.
-    pub const HAIRPIN: u16 = 0x0008;
-    /// Scope of the partner's key, three bits: `(flags & PARTNER_SCOPE_MASK) >> PARTNER_SCOPE_SHIFT`.
-    pub const PARTNER_SCOPE_MASK: u16 = 0x0070;
-    /// See [`PARTNER_SCOPE_MASK`].
-    pub const PARTNER_SCOPE_SHIFT: u16 = 4;
-    /// Only this direction passes here (direct server return); kept for later.
-    pub const ONE_WAY: u16 = 0x0080;
-    /// Replies go back through the tunnel they came from; kept for later.
-    pub const REPLY_VIA_TUNNEL: u16 = 0x0100;
-}
-
-/// A value of `FLOWS_V4` and `FLOWS_V6`.
-///
-/// A hash element may be recycled while a program reads it. `tag` is the first member and so the
-/// first that a new tenant writes: a reader copies what it needs and then checks that `tag` is
-/// still that of its key.
-#[repr(C, align(8))]
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct FlowEntry<A> {
-    /// [`FlowKey::tag`] of this entry's key.
-    pub tag: u32,
-    /// [`VERSION`] of this layout.
-    pub version: u8,
-    /// TCP flags seen in this direction ([`tcp_flag`]), collected.
-    pub tcp_flags: u8,
-    /// Bits of [`flag`].
-    pub flags: u16,
-    /// Source address after the rewrite (the same when it is not rewritten).
-    pub new_source: A,
-    /// Destination address after the rewrite.
-    pub new_destination: A,
-    /// Source port after the rewrite.
-    pub new_source_port: Port,
-    /// Destination port after the rewrite.
-    pub new_destination_port: Port,
-    /// Difference for the IPv4 header checksum and, as part of the pseudo-header, for the
-    /// layer-4 checksum: one's complement sum of new minus old addresses, 32 bits unfolded.
-    pub address_difference: u32,
-    /// Difference for the layer-4 checksum that the ports make.
-    pub port_difference: u32,
-    /// Number of the next hop, see [`crate::next_hop`].
-    pub next_hop: u32,
-    /// Generation of the next hop's row (of the endpoint's row, if it is an endpoint).
-    pub next_hop_generation: u32,
-    /// Interface index on which this direction arrives. A packet from elsewhere is not this flow.
-    /// 0: any device of the node (scopes other than [`scope::POD`]).
-    pub ifindex: u32,
-    /// Number of the endpoint that sends in this direction, 0 if it is not on this node.
-    pub source_endpoint: u32,
-    /// Generation of `source_endpoint`'s row.
-    pub source_generation: u32,
-    /// Policy set of the sender when the flow was judged.
-    pub egress_set: u32,
-    /// Policy set of the receiver when the flow was judged.
-    pub ingress_set: u32,
-    /// Number of the backend, 0 without a Service.
-    pub backend: u32,
-    /// Generation of the backend's row.
-    pub backend_generation: u32,
-    /// Place of the connection in `FLOW_RING_*`.
-    pub ring: u32,
-    /// When the last packet in this direction passed, in [`ticks`](now_from_nanoseconds).
-    pub last_seen: u32,
-    /// When the connection began, in ticks.
-    pub created: u32,
-    /// Packets in this direction (segments of an offloaded packet count as one). Not atomic: two
-    /// processors that carry one direction at once may lose a count.
-    pub packets: u64,
-    /// Bytes in this direction, from the Ethernet header on. Not atomic either.
-    pub bytes: u64,
-}
-
-assert_abi_size!(FlowEntry<Ipv4> = 96, FlowEntry<Ipv6> = 120);
-map_types!(FlowEntry<Ipv4>, FlowEntry<Ipv6>);
-
-/// Version of the layout of [`FlowEntry`].
-pub const VERSION: u8 = 1;
-
-impl<A: Address> FlowEntry<A> {
-    /// Scope of the partner's key.
-    #[inline(always)]
-    #[must_use]
-    pub const fn partner_scope(&self) -> u8 {
-        ((self.flags & flag::PARTNER_SCOPE_MASK) >> flag::PARTNER_SCOPE_SHIFT) as u8
-    }
-
-    /// Whether `key` is that of the entry of the other direction, apart from the protocol.
-    #[inline(always)]
-    #[must_use]
-    pub fn has_partner(&self, key: &FlowKey<A>) -> bool {
-        key.source == self.new_destination
-            && key.destination == self.new_source
-            && key.source_port == self.new_destination_port
-            && key.destination_port == self.new_source_port
-            && key.scope == self.partner_scope()
-    }
-
-    /// Key of the entry of the other direction, given the protocol of this one's key.
-    #[inline(always)]
-    #[must_use]
-    pub fn partner_key(&self, protocol: u8) -> FlowKey<A> {
-        FlowKey {
-            source: self.new_destination,
-            destination: self.new_source,
-            source_port: self.new_destination_port,
-            destination_port: self.new_source_port,
-            protocol,
-            scope: self.partner_scope(),
-            reserved: 0,
-        }
-    }
-}
-
-/// Ticks per second of flow times: a tick is 2^20 nanoseconds, 1.05 ms.
-pub const TICKS_PER_SECOND: u32 = 954;
-
-/// A time of `CLOCK_MONOTONIC` in ticks. It wraps after 52 days; compare with [`age`].
+/// Ticks from `created` to the last packet of a connection, given when the last of either direction was. Without a
+/// branch: the verifier of the programs would follow each.
 #[inline(always)]
 #[must_use]
-pub const fn now_from_nanoseconds(nanoseconds: u64) -> u32 {
-    (nanoseconds >> 20) as u32
-}
-
-/// Ticks from `then` to `now`; 0 if `then` lies in the future (clocks of two processors may be
-/// read in either order). Right as long as the true distance is under 26 days.
-#[inline(always)]
-#[must_use]
-pub const fn age(now: u32, then: u32) -> u32 {
-    let distance = now.wrapping_sub(then);
-    if distance > u32::MAX / 2 { 0 } else { distance }
+pub const fn lasted(created: u32, last_seen: u32, partner_seen: u32) -> u32 {
+    /// The number, or 0 if it is negative.
+    const fn positive(number: u32) -> u32 {
+        number & !((number as i32 >> 31) as u32)
+    }
+    let own = positive(last_seen.wrapping_sub(created));
+    let other = positive(partner_seen.wrapping_sub(created));
+    own + positive(other.wrapping_sub(own))
 }
 
 /// How long a connection may be idle before it is forgotten, in seconds, by [`ConnectionState`] and in
@@ -249,7 +64,7 @@ impl Timeouts {
         tcp_syn: 120,
         tcp_syn_received: 60,
         tcp_established: 86_400,
-        tcp_fin_wait: 120,
+        tcp_fin_wait: 3600,
         tcp_time_wait: 120,
         tcp_closed: 10,
         udp: 30,
@@ -265,10 +80,10 @@ impl Timeouts {
     #[must_use]
     pub fn of(&self, state: ConnectionState) -> u32 {
         let seconds = &raw const *self;
-        // SAFETY: the type is as many words as there are states, without padding, and is borrowed as
+        // SAFETY: the type is as many words as states have one, without padding, and is borrowed as
         // long as the array is.
-        let seconds = unsafe { &*seconds.cast::<[u32; ConnectionState::COUNT]>() };
-        seconds.get(state as usize).copied().unwrap_or(self.udp)
+        let seconds = unsafe { &*seconds.cast::<[u32; ConnectionState::TIMED]>() };
+        seconds.get(state.timed()).copied().unwrap_or(self.udp)
     }
 
     /// The shortest of all.
@@ -297,8 +112,8 @@ pub enum ConnectionState {
     TcpSynReceived,
     /// TCP, acknowledged in both directions.
     TcpEstablished,
-    /// TCP, one side has sent FIN: `FIN_WAIT`, and `CLOSE_WAIT` with the longer time-out of the two,
-    /// as the other side may go on for long.
+    /// TCP, one side has sent FIN: `FIN_WAIT` and `CLOSE_WAIT`, which cannot be told apart. The default is kube-proxy's
+    /// hour for `CLOSE_WAIT`, the longer of the two, as the other side may go on for long.
     TcpFinWait,
     /// TCP, both sides have sent FIN: `LAST_ACK`, and `TIME_WAIT` with the longer time-out.
     TcpTimeWait,
@@ -306,19 +121,26 @@ pub enum ConnectionState {
     TcpClosed,
     /// UDP, or a protocol without a state of its own, not answered yet.
     Unanswered,
-    /// UDP, or a protocol without a state of its own, both directions seen.
+    /// UDP, or a protocol without a state of its own, both directions seen for two seconds or more.
     Answered,
-    /// ICMP or ICMPv6 echo, answered or not.
+    /// ICMP or ICMPv6 echo, not answered yet.
     IcmpEcho,
     /// SCTP, not answered yet. Chunk types are not looked at.
     SctpOpening,
     /// SCTP, both directions seen; also while it is shut down.
     SctpEstablished,
+    /// UDP, or a protocol without a state of its own, both directions seen, but for less than two seconds: a question and
+    /// its answer. It has no time-out of its own but that of [`Self::Unanswered`], so it stands behind those that have.
+    Exchanged,
+    /// ICMP or ICMPv6 echo, answered. It has the time-out of [`Self::IcmpEcho`].
+    IcmpAnswered,
 }
 
 impl ConnectionState {
     /// How many there are.
-    pub const COUNT: usize = 11;
+    pub const COUNT: usize = 13;
+    /// How many have a time-out of their own: the first.
+    pub const TIMED: usize = 11;
     /// Every state, in their order.
     pub const ALL: [Self; Self::COUNT] = [
         Self::TcpSynSent,
@@ -332,19 +154,23 @@ impl ConnectionState {
         Self::IcmpEcho,
         Self::SctpOpening,
         Self::SctpEstablished,
+        Self::Exchanged,
+        Self::IcmpAnswered,
     ];
 
-    /// The state from the protocol, the TCP flags collected in each direction, and whether a
-    /// reply was seen.
+    /// The state from the protocol, the TCP flags collected in each direction, whether a reply was seen, and the ticks
+    /// from the connection's beginning to its last packet in either direction.
     #[inline(always)]
     #[must_use]
-    pub const fn new(protocol: u8, flags: u8, reply_flags: u8, replied: bool) -> Self {
+    pub const fn new(protocol: u8, flags: u8, reply_flags: u8, replied: bool, lasted: u32) -> Self {
         match protocol {
             protocol::TCP => Self::of_tcp(flags, reply_flags, replied),
+            protocol::ICMP | protocol::ICMPV6 if replied => Self::IcmpAnswered,
             protocol::ICMP | protocol::ICMPV6 => Self::IcmpEcho,
             protocol::SCTP if replied => Self::SctpEstablished,
             protocol::SCTP => Self::SctpOpening,
-            _ if replied => Self::Answered,
+            _ if replied && lasted >= STREAM_TICKS => Self::Answered,
+            _ if replied => Self::Exchanged,
             _ => Self::Unanswered,
         }
     }
@@ -365,6 +191,26 @@ impl ConnectionState {
         } else {
             Self::TcpSynSent
         }
+    }
+
+    /// Number of the state whose time-out it has.
+    #[inline(always)]
+    const fn timed(self) -> usize {
+        /// Four bits for each state; a word for the reason that [`Timeouts::of`] gives.
+        const NUMBERS: u64 = {
+            let (mut numbers, mut index) = (0, 0);
+            while index < ConnectionState::COUNT {
+                let timed = match ConnectionState::ALL[index] {
+                    ConnectionState::Exchanged => ConnectionState::Unanswered,
+                    ConnectionState::IcmpAnswered => ConnectionState::IcmpEcho,
+                    other => other,
+                };
+                numbers |= (timed as u64) << (4 * index);
+                index += 1;
+            }
+            numbers
+        };
+        (NUMBERS >> (4 * self as u32)) as usize & 0xf
     }
 
     /// Whether nobody can go on with the connection.
@@ -389,7 +235,10 @@ impl ConnectionState {
                     | ConnectionState::SctpOpening
                     | ConnectionState::TcpSynSent
                     | ConnectionState::TcpSynReceived => 1,
-                    ConnectionState::Answered | ConnectionState::TcpFinWait => 2,
+                    ConnectionState::Answered
+                    | ConnectionState::Exchanged
+                    | ConnectionState::IcmpAnswered
+                    | ConnectionState::TcpFinWait => 2,
                     ConnectionState::TcpEstablished | ConnectionState::SctpEstablished => 3,
                 };
                 ranks |= rank << (4 * index);
@@ -404,46 +253,6 @@ impl ConnectionState {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn age_survives_the_wrap_and_clocks_that_disagree() {
-        assert_eq!(age(5, u32::MAX), 6);
-        assert_eq!(age(10, 12), 0);
-        assert_eq!(age(12, 10), 2);
-    }
-
-    #[test]
-    fn the_partner_of_the_partner_is_the_flow() {
-        let key = FlowKey {
-            source: Ipv4([10, 0, 0, 1]),
-            destination: Ipv4([10, 96, 0, 1]),
-            source_port: Port::new(4000),
-            destination_port: Port::new(80),
-            protocol: 6,
-            scope: scope::POD,
-            reserved: 0,
-        };
-        let forward = FlowEntry {
-            new_source: key.source,
-            new_destination: Ipv4([10, 0, 1, 7]),
-            new_source_port: key.source_port,
-            new_destination_port: Port::new(8080),
-            flags: u16::from(scope::UNDERLAY) << flag::PARTNER_SCOPE_SHIFT,
-            ..FlowEntry::default()
-        };
-        let reply_key = forward.partner_key(6);
-        assert_eq!(reply_key.source, Ipv4([10, 0, 1, 7]));
-        assert_eq!(reply_key.scope, scope::UNDERLAY);
-        let reply = FlowEntry {
-            new_source: key.destination,
-            new_destination: key.source,
-            new_source_port: key.destination_port,
-            new_destination_port: key.source_port,
-            flags: flag::REPLY | u16::from(scope::POD) << flag::PARTNER_SCOPE_SHIFT,
-            ..FlowEntry::default()
-        };
-        assert_eq!(reply.partner_key(6), key);
-    }
 
     /// Flags of both directions → state, and its time-out by default.
     #[test]
@@ -500,7 +309,7 @@ mod tests {
                 [OPEN | FIN, OPEN],
                 true,
                 S::TcpFinWait,
-                120,
+                3600,
             ),
             (
                 "FIN of the server",
@@ -508,7 +317,7 @@ mod tests {
                 [OPEN, OPEN | FIN],
                 true,
                 S::TcpFinWait,
-                120,
+                3600,
             ),
             (
                 "FIN of both",
@@ -550,7 +359,7 @@ mod tests {
                 protocol::ICMP,
                 [NONE, NONE],
                 true,
-                S::IcmpEcho,
+                S::IcmpAnswered,
                 30,
             ),
             (
@@ -558,7 +367,7 @@ mod tests {
                 protocol::ICMPV6,
                 [NONE, NONE],
                 true,
-                S::IcmpEcho,
+                S::IcmpAnswered,
                 30,
             ),
             (
@@ -581,14 +390,48 @@ mod tests {
             ("another answered", 47, [NONE, NONE], true, S::Answered, 120),
         ];
         for &(name, protocol, [flags, reply], replied, expected, seconds) in table {
-            let state = S::new(protocol, flags, reply, replied);
+            let state = S::new(protocol, flags, reply, replied, STREAM_TICKS);
             assert_eq!(state, expected, "{name}");
             assert_eq!(Timeouts::DEFAULT.of(state), seconds, "{name}");
         }
         for state in S::ALL {
-            let in_table = table.iter().any(|row| row.4 == state);
+            let in_table = table.iter().any(|row| row.4 == state) || state == S::Exchanged;
             assert!(in_table, "{state:?}");
         }
+    }
+
+    #[test]
+    fn a_short_exchange_is_no_stream() {
+        use ConnectionState as S;
+        for (protocol, short) in [
+            (protocol::UDP, S::Exchanged),
+            (47, S::Exchanged),
+            (protocol::ICMP, S::IcmpAnswered),
+            (protocol::SCTP, S::SctpEstablished),
+            (protocol::TCP, S::TcpEstablished),
+        ] {
+            let ack = tcp_flag::ACK;
+            let state = |lasted| S::new(protocol, ack, ack, true, lasted);
+            assert_eq!(state(STREAM_TICKS - 1), short, "{protocol}");
+            let long = if short == S::Exchanged {
+                S::Answered
+            } else {
+                short
+            };
+            assert_eq!(state(STREAM_TICKS), long, "{protocol}");
+        }
+        let unanswered = S::new(protocol::UDP, 0, 0, false, u32::MAX);
+        assert_eq!(unanswered, S::Unanswered);
+    }
+
+    #[test]
+    fn a_connection_lasts_to_the_later_of_both_directions() {
+        assert_eq!(lasted(10, 10, 10), 0);
+        assert_eq!(lasted(10, 12, 15), 5);
+        assert_eq!(lasted(10, 15, 12), 5);
+        assert_eq!(lasted(u32::MAX, 5, 1), 6);
+        // The clock of another processor is behind.
+        assert_eq!(lasted(10, 9, 10), 0);
     }
 
     #[test]
@@ -619,6 +462,8 @@ mod tests {
             (S::IcmpEcho, 9),
             (S::SctpOpening, 10),
             (S::SctpEstablished, 11),
+            (S::Exchanged, 7),
+            (S::IcmpAnswered, 9),
         ] {
             assert_eq!(timeouts.of(state), seconds, "{state:?}");
         }
@@ -635,7 +480,8 @@ mod tests {
         for (earlier, later) in [
             (S::TcpSynReceived, S::TcpFinWait),
             (S::Unanswered, S::Answered),
-            (S::IcmpEcho, S::Answered),
+            (S::Unanswered, S::Exchanged),
+            (S::IcmpEcho, S::IcmpAnswered),
             (S::SctpOpening, S::SctpEstablished),
             (S::Answered, S::TcpEstablished),
             (S::TcpFinWait, S::TcpEstablished),

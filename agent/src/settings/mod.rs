@@ -5,6 +5,7 @@
 use std::{
     collections::BTreeMap,
     fmt, fs,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -12,12 +13,21 @@ use std::{
 use ipnet::IpNet;
 use weir_common::flow::Timeouts;
 
-use crate::objects::{LabelSelector, SelectorError};
+use crate::{node::NodePortAddresses, objects::LabelSelector};
 
 mod cgroup;
 pub mod definitions;
+mod file;
+mod nat_ports;
+mod parsers;
 
 use definitions::{ALL, Definition};
+use file::read_file;
+pub use nat_ports::NatPorts;
+use parsers::{
+    absolute_path, boolean, cidrs, devices, healthz_address, label_selector, log_filter,
+    log_format, mark_mask, node_name, node_port_addresses, number, source,
+};
 
 /// Name of the flag that names the YAML file.
 pub const CONFIG_FLAG: &str = "config";
@@ -35,6 +45,8 @@ pub struct Settings {
     pub run_dir: PathBuf,
     /// Directory for pins.
     pub bpf_root: PathBuf,
+    /// Folder of the CNI configurations, which is only looked at.
+    pub cni_conf_dir: PathBuf,
     /// Folder of the cgroup2 hierarchy: programs at system calls see the processes in it and below.
     pub cgroup_root: PathBuf,
     /// TCP connections to Services are translated at the socket.
@@ -65,6 +77,20 @@ pub struct Settings {
     pub exclude_services: Option<LabelSelector>,
     /// Addresses of Services that are left to somebody else.
     pub exclude_cidrs: Vec<IpNet>,
+    /// Where NodePorts are served.
+    pub node_port_addresses: NodePortAddresses,
+    /// ClusterIPs are served for clients outside, too.
+    pub cluster_ips_outside: bool,
+    /// What pods send to the outside over IPv4 gets an address of this node.
+    pub masquerade_v4: bool,
+    /// The same over IPv6.
+    pub masquerade_v6: bool,
+    /// Destinations outside to which pods keep their address.
+    pub non_masquerade_cidrs: Vec<IpNet>,
+    /// Source ports of translated connections.
+    pub nat_ports: NatPorts,
+    /// Where `/healthz` is served; `None`: nowhere.
+    pub healthz_address: Option<SocketAddr>,
     /// Whether RCU grace periods are shortened while programs are attached.
     pub expedite_rcu: bool,
     /// Filter of the log, as `tracing_subscriber::EnvFilter` reads it.
@@ -296,6 +322,7 @@ impl Values {
             },
             run_dir: self.required("run-dir", "a directory", absolute_path)?,
             bpf_root: self.required("bpf-root", "a directory on a bpffs", absolute_path)?,
+            cni_conf_dir: self.required("cni-conf-dir", "a directory", absolute_path)?,
             cgroup_root: match self.parse("cgroup-root", cgroup::given)? {
                 Some(path) => path,
                 None => cgroup_root()?,
@@ -324,6 +351,7 @@ impl Values {
             },
             exclude_services: self.parse("exclude-services", label_selector)?.flatten(),
             exclude_cidrs: self.parse("exclude-cidrs", cidrs)?.unwrap_or_default(),
+            healthz_address: self.parse("healthz-address", healthz_address)?.flatten(),
             socket_translation: self.required("socket-translation", "true or false", boolean)?,
             end_sockets_of_gone_endpoints: self.required(
                 "end-sockets-of-gone-endpoints",
@@ -332,6 +360,16 @@ impl Values {
             )?,
             defragmentation: self.required("defragmentation", "true or false", boolean)?,
             refusals_per_second: self.number("refusals-per-second", 0, 1_000_000)?,
+            node_port_addresses: self
+                .parse("nodeport-addresses", node_port_addresses)?
+                .unwrap_or_default(),
+            cluster_ips_outside: self.required("cluster-ips-outside", "true or false", boolean)?,
+            masquerade_v4: self.required("masquerade-ipv4", "true or false", boolean)?,
+            masquerade_v6: self.required("masquerade-ipv6", "true or false", boolean)?,
+            non_masquerade_cidrs: self
+                .parse("non-masquerade-cidrs", cidrs)?
+                .unwrap_or_default(),
+            nat_ports: self.required("nat-ports", "FIRST-LAST", nat_ports::parse)?,
             expedite_rcu: self.required("expedite-rcu", "true or false", boolean)?,
             log: self.required("log", "a filter", log_filter)?,
             log_format: self.required("log-format", "text or json", log_format)?,
@@ -394,162 +432,6 @@ fn refuse<T>(problem: impl Into<String>, remedy: impl Into<String>) -> Result<T,
     })
 }
 
-fn read_file(path: &Path) -> Result<BTreeMap<String, (String, Origin)>, SettingsError> {
-    let text = fs::read_to_string(path).map_err(|cause| SettingsError::Unreadable {
-        path: path.to_owned(),
-        cause,
-    })?;
-    let not_a_mapping = |cause: String| SettingsError::NotAMapping {
-        path: path.to_owned(),
-        cause,
-    };
-    // A file with nothing but comments gives no settings.
-    let mapping: Option<serde_norway::Mapping> =
-        serde_norway::from_str(&text).map_err(|error| not_a_mapping(error.to_string()))?;
-    let mut values = BTreeMap::new();
-    for (key, value) in mapping.unwrap_or_default() {
-        let Some(key) = key.as_str() else {
-            return Err(not_a_mapping(format!("the key {key:?} is not text")));
-        };
-        let line = line_of(&text, key);
-        let Some(definition) = definitions::find(key) else {
-            return Err(SettingsError::UnknownKey {
-                key: key.to_owned(),
-                path: path.to_owned(),
-                line,
-                remedy: suggestion(key),
-            });
-        };
-        let origin = Origin::File(path.to_owned(), line);
-        match scalar_text(&value) {
-            // `mtu:` without a value is as good as absent.
-            Ok(None) => {}
-            Ok(Some(value)) => {
-                values.insert(key.to_owned(), (value, origin));
-            }
-            Err(problem) => {
-                let given = Given {
-                    value: serde_norway::to_string(&value)
-                        .unwrap_or_default()
-                        .trim()
-                        .to_owned(),
-                    origin,
-                };
-                return Err(SettingsError::Invalid {
-                    name: definition.name,
-                    place: given.place(definition),
-                    value: given.value,
-                    problem: problem.to_owned(),
-                    remedy: format!(
-                        "give one value: {}: {}",
-                        definition.name, definition.value_name
-                    ),
-                });
-            }
-        }
-    }
-    Ok(values)
-}
-
-/// The value of a key as a flag would have it: a list becomes text with commas.
-fn scalar_text(value: &serde_norway::Value) -> Result<Option<String>, &'static str> {
-    use serde_norway::Value;
-    Ok(Some(match value {
-        Value::Null => return Ok(None),
-        Value::Bool(value) => value.to_string(),
-        Value::Number(value) => value.to_string(),
-        Value::String(value) => value.clone(),
-        Value::Sequence(values) => {
-            let mut texts = Vec::with_capacity(values.len());
-            for value in values {
-                match value {
-                    Value::Sequence(_) | Value::Mapping(_) | Value::Tagged(_) => {
-                        return Err("a list of lists or mappings");
-                    }
-                    _ => texts.extend(scalar_text(value)?),
-                }
-            }
-            texts.join(",")
-        }
-        Value::Mapping(_) | Value::Tagged(_) => return Err("a mapping where a value belongs"),
-    }))
-}
-
-/// The line on which a key of the top level stands, from 1.
-fn line_of(text: &str, key: &str) -> usize {
-    text.lines()
-        .position(|line| {
-            let line = line.trim_start_matches(['"', '\'', '{', ' ']);
-            line.strip_prefix(key)
-                .is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ']).starts_with(':'))
-        })
-        .map_or(1, |index| index + 1)
-}
-
-fn suggestion(key: &str) -> String {
-    let normal = |name: &str| name.to_lowercase().replace(['-', '_'], "");
-    let close = ALL.iter().map(|d| d.name).find(|name| {
-        let (name, key) = (normal(name), normal(key));
-        name == key || (key.len() > 2 && (name.starts_with(&key) || key.starts_with(&name)))
-    });
-    match close {
-        Some(name) => format!("did you mean {name:?}?"),
-        None => {
-            let names: Vec<_> = ALL.iter().map(|d| d.name).collect();
-            format!("known are {}", names.join(", "))
-        }
-    }
-}
-
-fn number(text: &str, min: u32, max: u32) -> Result<u32, Refusal> {
-    let remedy = format!("give a whole number from {min} to {max}");
-    match text.trim().replace('_', "").parse::<u64>() {
-        Err(_) => refuse("not a whole number", remedy),
-        Ok(value) => match u32::try_from(value) {
-            Ok(value) if (min..=max).contains(&value) => Ok(value),
-            _ => refuse("out of range", remedy),
-        },
-    }
-}
-
-fn boolean(text: &str) -> Result<bool, Refusal> {
-    match text.trim() {
-        "true" => Ok(true),
-        "false" => Ok(false),
-        _ => refuse("neither true nor false", "give true or false"),
-    }
-}
-
-fn source(text: &str) -> Result<SourceSetting, Refusal> {
-    if text == "kube" || text.starts_with("kube:") {
-        return refuse(
-            "the Kubernetes API server as a source is not in this version",
-            "use dir:PATH, a directory of Kubernetes YAML",
-        );
-    }
-    match text.strip_prefix("dir:") {
-        Some(path) if Path::new(path).is_absolute() => {
-            Ok(SourceSetting::Directory(PathBuf::from(path)))
-        }
-        Some(_) => refuse(
-            "the directory is not an absolute path",
-            "give dir: followed by a path that begins with /",
-        ),
-        None => refuse("not a known kind of source", "use dir:PATH"),
-    }
-}
-
-fn node_name(text: &str) -> Result<String, Refusal> {
-    let ok = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
-    if text.is_empty() || text.len() > 253 || !text.chars().all(ok) {
-        return refuse(
-            "not the name of a Node",
-            "give metadata.name of this node's Node object: lower-case letters, digits, - and .",
-        );
-    }
-    Ok(text.to_owned())
-}
-
 fn host_name() -> Result<String, SettingsError> {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = name.trim().to_lowercase();
@@ -572,111 +454,6 @@ fn cgroup_root() -> Result<PathBuf, SettingsError> {
         problem: refusal.problem,
         remedy: refusal.remedy,
     })
-}
-
-fn absolute_path(text: &str) -> Result<PathBuf, Refusal> {
-    let path = PathBuf::from(text);
-    let plain = path
-        .components()
-        .all(|c| !matches!(c, std::path::Component::ParentDir));
-    if !path.is_absolute() || !plain || path.parent().is_none() {
-        return refuse(
-            "not an absolute path below /",
-            "give a path that begins with / and has no ..",
-        );
-    }
-    Ok(path)
-}
-
-fn devices(text: &str) -> Result<Vec<String>, Refusal> {
-    let mut names: Vec<String> = Vec::new();
-    for name in text.split([',', ' ']).filter(|name| !name.is_empty()) {
-        if name.len() > 15 || name.contains('/') || name == "." || name == ".." || name == "lo" {
-            return refuse(
-                format!("{name:?} cannot be the name of a device"),
-                "give names as `ip link` shows them, separated by commas",
-            );
-        }
-        if !names.iter().any(|known| known == name) {
-            names.push(name.to_owned());
-        }
-    }
-    Ok(names)
-}
-
-/// An empty text excludes nothing.
-fn label_selector(text: &str) -> Result<Option<LabelSelector>, Refusal> {
-    if text.trim().is_empty() {
-        return Ok(None);
-    }
-    match LabelSelector::parse(text) {
-        Ok(selector) => Ok(Some(selector)),
-        Err(error) => refuse(error.to_string(), SelectorError::REMEDY),
-    }
-}
-
-fn cidrs(text: &str) -> Result<Vec<IpNet>, Refusal> {
-    let words = text.split([',', ' ']).filter(|word| !word.is_empty());
-    let mut cidrs = Vec::new();
-    for word in words {
-        match word.parse::<IpNet>() {
-            Ok(cidr) if cidr.trunc() == cidr => cidrs.push(cidr),
-            Ok(cidr) => {
-                return refuse(
-                    format!("{word:?} has bits beyond its length"),
-                    format!(
-                        "give {}, or an address alone with its full length",
-                        cidr.trunc()
-                    ),
-                );
-            }
-            Err(_) => {
-                return refuse(
-                    format!("{word:?} is not a CIDR"),
-                    "give CIDRs separated by commas: 169.254.20.10/32,fd00:53::/64",
-                );
-            }
-        }
-    }
-    Ok(cidrs)
-}
-
-fn mark_mask(text: &str) -> Result<u32, Refusal> {
-    let remedy = "give four adjacent bits of 32, as 0x00f00000";
-    let lower = text.trim().to_lowercase();
-    let parsed = match lower.strip_prefix("0x") {
-        Some(digits) => u32::from_str_radix(&digits.replace('_', ""), 16),
-        None => lower.parse(),
-    };
-    match parsed {
-        Err(_) => refuse("not a 32-bit mask", remedy),
-        Ok(mask) if weir_common::mark::shift_of(mask).is_some() => Ok(mask),
-        Ok(_) => refuse("not four adjacent bits", remedy),
-    }
-}
-
-fn log_filter(text: &str) -> Result<String, Refusal> {
-    const REMEDY: &str =
-        "give error, warn, info, debug or trace, or by module: info,weir_agent=debug";
-    // Any word is taken for a module, and its filter says nothing of the others: they fall silent.
-    let is_level = |word: &str| word.parse::<tracing::level_filters::LevelFilter>().is_ok();
-    let is_module = |word: &str| word.contains(['=', ':', '[']);
-    let mut words = text.split(',').map(str::trim);
-    if let Some(word) = words.find(|word| !is_level(word) && !is_module(word)) {
-        return refuse(format!("{word:?} is no level"), REMEDY);
-    }
-    match tracing_subscriber::EnvFilter::builder().parse(text) {
-        Ok(_) => Ok(text.to_owned()),
-        Err(error) => refuse(error.to_string(), REMEDY),
-    }
-}
-
-fn log_format(text: &str) -> Result<LogFormat, Refusal> {
-    match text {
-        "text" => Ok(LogFormat::Text),
-        "json" => Ok(LogFormat::Json),
-        _ => refuse("not a known format", "give text or json"),
-    }
 }
 
 #[cfg(test)]
