@@ -254,6 +254,17 @@ impl Agent {
         let all: Vec<&str> = text.lines().collect();
         all[all.len().saturating_sub(lines)..].join("\n")
     }
+
+    /// What `weir status` says when a test has failed: drops and problems above all.
+    pub(crate) fn last_status(&self) -> String {
+        if self.child.is_none() {
+            return "no agent runs\n".to_owned();
+        }
+        match self.weir(&["status"]) {
+            Ok(output) => String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into(),
+            Err(error) => format!("no status: {error:#}\n"),
+        }
+    }
 }
 
 impl Drop for Agent {

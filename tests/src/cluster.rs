@@ -130,13 +130,7 @@ impl ClusterBuilder {
     /// When anything of that fails.
     pub fn start(self) -> Result<Cluster> {
         let cluster = self.wire()?;
-        for node in &cluster.nodes {
-            node.agent().start(&node.netns)?;
-        }
-        for node in &cluster.nodes {
-            node.agent().wait_ready()?;
-        }
-        cluster.wait_applied()?;
+        cluster.start_agents()?;
         Ok(cluster)
     }
 
@@ -216,7 +210,7 @@ impl Families {
     }
 }
 
-const fn nodad(address: IpAddr) -> &'static str {
+pub(crate) const fn nodad(address: IpAddr) -> &'static str {
     match address {
         IpAddr::V4(_) => "",
         IpAddr::V6(_) => " nodad",
@@ -306,6 +300,21 @@ impl Cluster {
             bpf_root,
             agent: Mutex::new(agent),
         })
+    }
+
+    /// Starts the agents of a cluster that was only wired, and waits until they have applied all objects.
+    ///
+    /// # Errors
+    ///
+    /// When one runs already or does not start.
+    pub fn start_agents(&self) -> Result<()> {
+        for node in &self.nodes {
+            node.agent().start(&node.netns)?;
+        }
+        for node in &self.nodes {
+            node.agent().wait_ready()?;
+        }
+        self.wait_applied()
     }
 
     /// Its id: process and number.
@@ -510,11 +519,14 @@ impl Drop for Cluster {
         }
         if std::thread::panicking() {
             for node in &self.nodes {
+                // Locked once: the guard lives as long as the statement.
+                let agent = node.agent();
                 eprintln!(
-                    "--- {}: agent of {}\n{}",
+                    "--- {}: agent of {}\n{}\n{}",
                     self.name,
                     node.name,
-                    node.agent().log_tail(60)
+                    agent.log_tail(60),
+                    agent.last_status()
                 );
             }
         }

@@ -9,22 +9,30 @@
 //! dropped, and, should the process be killed, when the next test starts ([`reaper`]).
 
 pub mod agent;
+pub mod bpf;
+pub mod capture;
 pub mod cgroup;
 pub mod cluster;
 pub mod cni;
+pub mod held;
+pub mod http;
 pub mod kube_proxy;
 pub mod load;
 pub mod netns;
 pub mod node;
 pub mod objects;
+pub mod outside;
 pub mod packet;
 pub mod pod;
 pub mod process;
 pub mod reaper;
+pub mod refusal;
 pub mod sctp;
 pub mod snapshot;
 pub mod traffic;
+pub mod tun;
 pub mod wait;
+pub mod witness;
 
 pub use cluster::{Cluster, Families};
 pub use node::Node;

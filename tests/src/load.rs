@@ -7,7 +7,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Result, ensure};
@@ -33,8 +33,10 @@ pub struct Load {
     threads: Vec<JoinHandle<()>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
+    /// Failures tell how long after it they were seen: that says in which phase of a test.
+    start: Instant,
     stop: AtomicBool,
     successes: AtomicU64,
     failures: AtomicU64,
@@ -167,6 +169,18 @@ impl Drop for Load {
     }
 }
 
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            start: Instant::now(),
+            stop: AtomicBool::default(),
+            successes: AtomicU64::default(),
+            failures: AtomicU64::default(),
+            words: Mutex::default(),
+        }
+    }
+}
+
 impl Shared {
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
@@ -182,7 +196,8 @@ impl Shared {
                 self.failures.fetch_add(1, Ordering::Relaxed);
                 let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
                 if words.len() < FAILURES_KEPT {
-                    words.push(format!("{error:#}"));
+                    let after = self.start.elapsed().as_secs_f32();
+                    words.push(format!("after {after:.1} s: {error:#}"));
                 }
             }
         }

@@ -13,6 +13,10 @@ use crate::netns::NetNs;
 pub const IPV4: u16 = 0x0800;
 /// Ethernet type of IPv6.
 pub const IPV6: u16 = 0x86dd;
+/// Ethernet type of a VLAN tag (IEEE 802.1Q).
+const VLAN: u16 = 0x8100;
+/// Number of TCP.
+const TCP: u8 = 6;
 /// Number of UDP.
 const UDP: u8 = 17;
 /// Number of the IPv6 fragment header.
@@ -37,11 +41,50 @@ pub fn udp_frame(
     udp.extend(length.to_be_bytes());
     udp.extend([0, 0]);
     udp.extend(payload);
+    let macs = (destination_mac, source_mac);
+    frame(macs, source, destination, UDP, udp, 6)
+}
+
+/// An Ethernet frame with a TCP segment of any addresses and flags, without options and payload, checksums right.
+///
+/// # Errors
+///
+/// When the addresses are of different families.
+pub fn tcp_frame(
+    destination_mac: [u8; 6],
+    source_mac: [u8; 6],
+    (source, source_port): (IpAddr, u16),
+    (destination, destination_port): (IpAddr, u16),
+    flags: u8,
+) -> Result<Vec<u8>> {
+    let mut tcp = Vec::new();
+    tcp.extend(source_port.to_be_bytes());
+    tcp.extend(destination_port.to_be_bytes());
+    // Sequence number, acknowledgement, length of the header in words of four bytes, window.
+    tcp.extend(1_u32.to_be_bytes());
+    tcp.extend(0_u32.to_be_bytes());
+    tcp.extend([5 << 4, flags]);
+    tcp.extend(65_535_u16.to_be_bytes());
+    tcp.extend([0; 4]);
+    let macs = (destination_mac, source_mac);
+    frame(macs, source, destination, TCP, tcp, 16)
+}
+
+/// An Ethernet frame with a packet whose checksum stands at `checksum_at` in the segment.
+fn frame(
+    (destination_mac, source_mac): ([u8; 6], [u8; 6]),
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    mut segment: Vec<u8>,
+    checksum_at: usize,
+) -> Result<Vec<u8>> {
+    let length = u16::try_from(segment.len())?;
     let (ethertype, mut header, pseudo) = match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
             let mut header = vec![0x45, 0];
             header.extend((20 + length).to_be_bytes());
-            header.extend([0, 0, 0, 0, 64, UDP, 0, 0]);
+            header.extend([0, 0, 0, 0, 64, protocol, 0, 0]);
             header.extend(source.octets());
             header.extend(destination.octets());
             let sum = checksum(&header);
@@ -55,7 +98,7 @@ pub fn udp_frame(
         (IpAddr::V6(source), IpAddr::V6(destination)) => {
             let mut header = vec![0x60, 0, 0, 0];
             header.extend(length.to_be_bytes());
-            header.extend([UDP, 64]);
+            header.extend([protocol, 64]);
             header.extend(source.octets());
             header.extend(destination.octets());
             (
@@ -67,20 +110,20 @@ pub fn udp_frame(
         _ => bail!("{source} and {destination} are of different families"),
     };
     let mut summed = pseudo;
-    summed.extend([0, UDP]);
+    summed.extend([0, protocol]);
     summed.extend(length.to_be_bytes());
-    summed.extend(&udp);
-    let sum = match checksum(&summed) {
-        0 => 0xffff,
-        sum => sum,
+    summed.extend(&segment);
+    let sum = match (checksum(&summed), protocol) {
+        (0, UDP) => 0xffff,
+        (sum, _) => sum,
     };
-    udp[6..8].copy_from_slice(&sum.to_be_bytes());
+    segment[checksum_at..checksum_at + 2].copy_from_slice(&sum.to_be_bytes());
     let mut frame = Vec::new();
     frame.extend(destination_mac);
     frame.extend(source_mac);
     frame.extend(ethertype.to_be_bytes());
     frame.append(&mut header);
-    frame.append(&mut udp);
+    frame.append(&mut segment);
     Ok(frame)
 }
 
@@ -132,6 +175,15 @@ pub fn fragments(frame: &[u8], identification: u32, piece: usize) -> Result<Vec<
         fragments.push(fragment);
     }
     Ok(fragments)
+}
+
+/// The frame with a VLAN tag (IEEE 802.1Q): three bits of priority, one whether it may be dropped, twelve of the VLAN's
+/// number.
+#[must_use]
+pub fn tagged(frame: &[u8], tag: u16) -> Vec<u8> {
+    let (addresses, rest) = frame.split_at(12);
+    let tag = [VLAN.to_be_bytes(), tag.to_be_bytes()].concat();
+    [addresses, &tag, rest].concat()
 }
 
 /// Ethernet address of a device.

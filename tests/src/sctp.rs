@@ -26,7 +26,7 @@ use nix::sys::socket::{SockaddrStorage, bind};
 use self::wire::{Chunk, Packet, REFLECTED_TAG, STATE_COOKIE, kind};
 use crate::{
     netns::NetNs,
-    traffic::{DATAGRAM, POLL, TIMEOUT},
+    traffic::{DATAGRAM, POLL, TIMEOUT, WHO_AM_I, answer_of},
 };
 
 /// A client's next port. Raw sockets own none; nobody else's SCTP is in the test's namespaces.
@@ -227,7 +227,7 @@ impl Listener {
             return Ok(None);
         }
         let mut message = format!("{}\0", self.name).into_bytes();
-        message.extend(data.message()?);
+        message.extend(answer_of(data.message()?, peer));
         let chunks = vec![
             Chunk::sack(data.word(0)?),
             Chunk::data(association.next, &message),
@@ -286,6 +286,37 @@ impl Association {
     ///
     /// As [`Association::open`].
     pub fn ask(&mut self, message: &[u8], timeout: Duration) -> Result<String> {
+        let (name, echo) = self.send_and_receive(message, timeout)?;
+        ensure!(echo == message, "{} echoed something else", self.to);
+        Ok(name)
+    }
+
+    /// Name of the server and the address and port that it sees the client at.
+    ///
+    /// # Errors
+    ///
+    /// As [`Association::open`], and when the answer is no address.
+    pub fn who_am_i(&mut self, timeout: Duration) -> Result<(String, SocketAddr)> {
+        let (name, answer) = self.send_and_receive(WHO_AM_I, timeout)?;
+        let answer = String::from_utf8_lossy(&answer);
+        let seen = answer
+            .parse()
+            .with_context(|| format!("{name} sees a client at {answer:?}"))?;
+        Ok((name, seen))
+    }
+
+    /// The client's own address and port.
+    ///
+    /// # Errors
+    ///
+    /// When the socket has none.
+    pub fn local_address(&self) -> Result<SocketAddr> {
+        let own = self.socket.socket.local_addr()?;
+        Ok(SocketAddr::new(own.ip(), self.source))
+    }
+
+    /// The name of the server that answers a message, and its answer.
+    fn send_and_receive(&mut self, message: &[u8], timeout: Duration) -> Result<(String, Vec<u8>)> {
         let sequence = self.next;
         self.next = sequence.wrapping_add(1);
         let deadline = Instant::now() + timeout;
@@ -306,8 +337,10 @@ impl Association {
         let answer = data.message()?;
         let end = answer.iter().position(|byte| *byte == 0);
         let (name, echo) = answer.split_at(end.context("an answer without a name")?);
-        ensure!(echo[1..] == *message, "{} echoed something else", self.to);
-        Ok(String::from_utf8_lossy(name).into_owned())
+        Ok((
+            String::from_utf8_lossy(name).into_owned(),
+            echo[1..].to_vec(),
+        ))
     }
 
     /// Sends, again after a while, until the answer is there.

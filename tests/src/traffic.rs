@@ -1,8 +1,9 @@
 //! Servers that say who they are, and clients that check what comes back; every wait has a deadline.
 //!
-//! A TCP server sends its name and a line feed, then serves one command: `E` echoes until the client has
+//! A TCP server sends its name and a line feed, then serves commands: `E` echoes until the client has
 //! sent all, `T` and two lengths (big-endian u64) receives and then sends that many bytes of a known
-//! pattern. A UDP server answers with its name, a zero byte and what it got.
+//! pattern, `W` sends the address and port that the server sees the client at, and a line feed. A UDP server answers with
+//! its name, a zero byte and what it got, or that address if it got [`WHO_AM_I`].
 
 use std::{
     io::{BufRead as _, BufReader, ErrorKind, Read, Write},
@@ -21,6 +22,8 @@ use crate::{netns::NetNs, sctp};
 
 /// How long a client waits for a connection or an answer.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
+/// A datagram or message that asks a server for the address and port that it sees the client at.
+pub const WHO_AM_I: &[u8] = b"who am I?";
 /// How often servers look whether they shall stop.
 pub(crate) const POLL: Duration = Duration::from_millis(50);
 /// Largest datagram.
@@ -146,29 +149,37 @@ fn serve_connection(stream: TcpStream, name: &str, stop: &AtomicBool) -> Result<
     stream.set_nodelay(true)?;
     let mut stream = Patient { stream, stop };
     stream.write_all(format!("{name}\n").as_bytes())?;
-    let mut command = [0];
-    if stream.read(&mut command)? == 0 {
-        return Ok(());
-    }
-    match command[0] {
-        b'E' => {
-            let mut buffer = vec![0; BLOCK];
-            loop {
-                let length = stream.read(&mut buffer)?;
-                if length == 0 {
-                    return Ok(());
-                }
-                stream.write_all(&buffer[..length])?;
+    loop {
+        let mut command = [0];
+        if stream.read(&mut command)? == 0 {
+            return Ok(());
+        }
+        match command[0] {
+            b'E' => return echo_to_the_end(&mut stream),
+            b'T' => {
+                let mut lengths = [0; 16];
+                stream.read_exact(&mut lengths)?;
+                let (receive, send) = lengths.split_at(8);
+                receive_pattern(&mut stream, u64::from_be_bytes(receive.try_into()?))?;
+                return send_pattern(&mut stream, u64::from_be_bytes(send.try_into()?));
             }
+            b'W' => {
+                let peer = stream.stream.peer_addr()?;
+                stream.write_all(format!("{peer}\n").as_bytes())?;
+            }
+            other => bail!("unknown command {other}"),
         }
-        b'T' => {
-            let mut lengths = [0; 16];
-            stream.read_exact(&mut lengths)?;
-            let (receive, send) = lengths.split_at(8);
-            receive_pattern(&mut stream, u64::from_be_bytes(receive.try_into()?))?;
-            send_pattern(&mut stream, u64::from_be_bytes(send.try_into()?))
+    }
+}
+
+fn echo_to_the_end(stream: &mut Patient<'_>) -> Result<()> {
+    let mut buffer = vec![0; BLOCK];
+    loop {
+        let length = stream.read(&mut buffer)?;
+        if length == 0 {
+            return Ok(());
         }
-        other => bail!("unknown command {other}"),
+        stream.write_all(&buffer[..length])?;
     }
 }
 
@@ -210,9 +221,17 @@ fn serve_udp(socket: &UdpSocket, name: &str, stop: &AtomicBool) {
             continue;
         };
         let mut answer = format!("{name}\0").into_bytes();
-        answer.extend_from_slice(&buffer[..length]);
+        answer.extend(answer_of(&buffer[..length], from));
         let _ = socket.send_to(&answer, from);
     }
+}
+
+/// What a server answers to a datagram or message, after its name.
+pub(crate) fn answer_of(question: &[u8], from: SocketAddr) -> Vec<u8> {
+    if question == WHO_AM_I {
+        return from.to_string().into_bytes();
+    }
+    question.to_vec()
 }
 
 /// Fills a block of the pattern that starts `offset` bytes (a multiple of 8) into a transfer.
@@ -271,8 +290,17 @@ impl Connection {
     ///
     /// When it is refused or not answered within [`TIMEOUT`].
     pub fn open(to: SocketAddr) -> Result<Self> {
+        Self::open_within(to, TIMEOUT)
+    }
+
+    /// As [`Connection::open`], with another time to wait for the connection.
+    ///
+    /// # Errors
+    ///
+    /// As [`Connection::open`].
+    pub fn open_within(to: SocketAddr, timeout: Duration) -> Result<Self> {
         let stream =
-            TcpStream::connect_timeout(&to, TIMEOUT).with_context(|| format!("connect to {to}"))?;
+            TcpStream::connect_timeout(&to, timeout).with_context(|| format!("connect to {to}"))?;
         stream.set_read_timeout(Some(TIMEOUT))?;
         stream.set_write_timeout(Some(TIMEOUT))?;
         stream.set_nodelay(true)?;
@@ -322,6 +350,22 @@ impl Connection {
         self.stream.get_mut().write_all(&request)?;
         send_pattern(self.stream.get_mut(), up).context("upload")?;
         receive_pattern(&mut self.stream, down).context("download")
+    }
+
+    /// Asks for the address and port that the server sees the client at; before
+    /// [`Connection::start_echo`].
+    ///
+    /// # Errors
+    ///
+    /// When the connection is broken, or the answer is no address.
+    pub fn who_am_i(&mut self) -> Result<SocketAddr> {
+        self.stream.get_mut().write_all(b"W")?;
+        let mut answer = String::new();
+        self.stream.read_line(&mut answer)?;
+        let answer = answer.trim_end();
+        answer
+            .parse()
+            .with_context(|| format!("{} sees a client at {answer:?}", self.server))
     }
 
     /// The client's own address and port.

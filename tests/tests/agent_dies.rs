@@ -2,10 +2,8 @@
 //! is applied at the next start.
 
 use std::{
-    fs::File,
+    fs,
     net::SocketAddr,
-    os::fd::AsRawFd as _,
-    path::Path,
     time::{Duration, Instant},
 };
 
@@ -13,12 +11,13 @@ use anyhow::{Context as _, Result};
 use weir_tests::{
     Cluster, Node, Pod, TestResult,
     cluster::{Way, cluster_ips},
+    held::Held,
     load::Load,
     node::number,
     objects::{self, Port},
     process, rounds,
     traffic::{self, Connection, Protocol, Server},
-    wait_for,
+    wait_for, wait_until,
 };
 
 const PORT: u16 = 8080;
@@ -133,36 +132,6 @@ fn twenty_kills_under_load_break_nothing() -> TestResult {
         .join()
         .map_err(|_| anyhow::anyhow!("the transfer panicked"))??;
     Ok(())
-}
-
-/// Keeps everybody from opening a file, this process apart, while it lives: by a lease, which the kernel takes
-/// away 45 s after somebody has tried (`fs.lease-break-time`).
-struct Held(File);
-
-impl Held {
-    fn new(path: &Path) -> Result<Self> {
-        // SAFETY: no handler is installed. The kernel tells of who wants to open the file by this signal.
-        unsafe {
-            nix::sys::signal::signal(
-                nix::sys::signal::Signal::SIGIO,
-                nix::sys::signal::SigHandler::SigIgn,
-            )
-        }?;
-        let file = wait_for("a lease", traffic::TIMEOUT, || {
-            let file = File::open(path)?;
-            // SAFETY: takes no pointer.
-            let taken = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
-            nix::errno::Errno::result(taken)?;
-            Ok(Some(file))
-        })?;
-        Ok(Self(file))
-    }
-
-    fn is_wanted(&self) -> bool {
-        // SAFETY: takes no pointer. A lease that somebody waits for says what it is to become.
-        let lease = unsafe { libc::fcntl(self.0.as_raw_fd(), libc::F_GETLEASE) };
-        lease != libc::F_WRLCK
-    }
 }
 
 /// Routes of Weir in both families.
@@ -363,5 +332,31 @@ fn the_agent_ends_soon_after_sigterm_and_leaves_the_programs() -> TestResult {
         bed.client
             .run(|| traffic::tcp_name(SocketAddr::new(vip, 80)))?;
     }
+    Ok(())
+}
+
+/// A script that starts the agent anew and waits for it must not meet a refusal.
+#[test]
+fn a_wait_may_begin_while_the_agent_starts() -> TestResult {
+    let cluster = Cluster::builder("wait at start").nodes(1).wire()?;
+    let node = cluster.node("node1");
+    let mut agent = node.agent();
+    agent.start(&node.netns)?;
+    let lock = agent.socket().with_file_name("agent.lock");
+    let pid = agent.pid().context("no agent")?.to_string();
+    wait_until("the lock", traffic::TIMEOUT, || {
+        Ok(fs::read_to_string(&lock).is_ok_and(|text| text.trim() == pid))
+    })?;
+    let answer = agent.weir(&["wait", "--applied"])?;
+    assert!(answer.status.success(), "{answer:?}");
+    // Nobody is not waited for.
+    drop(agent);
+    node.kill9_agent()?;
+    let answer = node.agent().weir(&["wait", "--applied"])?;
+    let text = String::from_utf8_lossy(&answer.stderr).into_owned();
+    assert!(
+        !answer.status.success() && text.contains("running"),
+        "{text}"
+    );
     Ok(())
 }

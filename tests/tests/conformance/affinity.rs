@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
-use weir_tests::{Cluster, Pod, TestResult, cluster::cluster_ips, netns::NetNs, traffic::Protocol};
+use weir_tests::{
+    Cluster, Pod, TestResult, cluster::cluster_ips, netns::NetNs, outside::Outside,
+    traffic::Protocol,
+};
 
 use super::support::{Backends, PORT, answers, is_up};
 
@@ -20,6 +23,7 @@ const NODE_PORT: u16 = 30_080;
 
 struct Bed {
     cluster: Cluster,
+    outside: Outside,
     backends: Backends,
     client: Pod,
     vips: [IpAddr; 2],
@@ -27,12 +31,13 @@ struct Bed {
 
 impl Bed {
     fn start(name: &str) -> Result<Self> {
-        let cluster = Cluster::builder(name).start()?;
+        let (cluster, outside) = Outside::start(Cluster::builder(name))?;
         let backends = Backends::start(&cluster, "affinity-", &["node1", "node2", "node2"])?;
         Ok(Self {
             client: cluster.pod("node1", "execpod-affinity")?,
             backends,
             cluster,
+            outside,
             vips: cluster_ips(10),
         })
     }
@@ -57,16 +62,20 @@ impl Bed {
         if !node_port {
             return Ok(self.vips.map(|vip| SocketAddr::new(vip, PORT)).to_vec());
         }
-        let node = self.cluster.node("node1");
-        [false, true]
-            .iter()
-            .map(|v6| Ok(SocketAddr::new(node.address(*v6)?, NODE_PORT)))
-            .collect()
+        let nodes = self.cluster.nodes().iter();
+        let addresses = nodes.flat_map(|node| &node.addresses);
+        Ok(addresses
+            .map(|address| SocketAddr::new(*address, NODE_PORT))
+            .collect())
     }
 
-    /// Processes of the node have an affinity too.
-    fn clients(&self) -> [&NetNs; 2] {
-        [&self.client.netns, &self.cluster.node("node1").netns]
+    /// Processes of the node have an affinity too. NodePorts are for clients beyond, too.
+    fn clients(&self, node_port: bool) -> Vec<&NetNs> {
+        let mut clients = vec![&self.client.netns, &*self.cluster.node("node1").netns];
+        if node_port {
+            clients.push(&self.outside.client);
+        }
+        clients
     }
 }
 
@@ -91,8 +100,8 @@ fn the_one(client: &NetNs, protocol: Protocol, to: SocketAddr) -> Result<String>
 fn holds_a_client_to_its_endpoint() -> TestResult {
     let bed = Bed::start("affinity")?;
     bed.set(Some(10_800), true)?;
-    for client in bed.clients() {
-        for node_port in [false, true] {
+    for node_port in [false, true] {
+        for client in bed.clients(node_port) {
             for to in bed.frontends(node_port)? {
                 for protocol in Protocol::ALL {
                     the_one(client, protocol, to)?;
@@ -142,13 +151,17 @@ fn affinity_is_switched_while_the_service_runs() -> TestResult {
         for _ in 0..2 {
             bed.set(None, node_port)?;
             is_up(&bed.client.netns, &bed.vips, &bed.backends.names())?;
-            for to in bed.frontends(node_port)? {
-                let counts = answers(&bed.client.netns, Protocol::Tcp, to, 60)?;
-                assert!(counts.len() > 1, "{to} without affinity: {counts:?}");
+            for client in bed.clients(node_port) {
+                for to in bed.frontends(node_port)? {
+                    let counts = answers(client, Protocol::Tcp, to, 60)?;
+                    assert!(counts.len() > 1, "{to} without affinity: {counts:?}");
+                }
             }
             bed.set(Some(10_800), node_port)?;
-            for to in bed.frontends(node_port)? {
-                the_one(&bed.client.netns, Protocol::Tcp, to)?;
+            for client in bed.clients(node_port) {
+                for to in bed.frontends(node_port)? {
+                    the_one(client, Protocol::Tcp, to)?;
+                }
             }
         }
     }

@@ -8,11 +8,12 @@ use std::{
 };
 
 use anyhow::Result;
-use serde_json::Value;
+use serde_json::{Value, json};
 use weir_tests::{
     Cluster, TestResult,
     cluster::cluster_ips,
     netns::NetNs,
+    outside::{Outside, VIRTUAL_NETWORKS},
     traffic::{self, UdpClient},
 };
 
@@ -58,8 +59,19 @@ fn server_pod_cycles(
     frontends: &[SocketAddr],
     change: impl Fn(&mut Value),
 ) -> Result<()> {
+    cycle(cluster, client, frontends, ["node2", "node2"], change)
+}
+
+/// As [`server_pod_cycles`], with the endpoints on the named nodes.
+fn cycle(
+    cluster: &Cluster,
+    client: &NetNs,
+    frontends: &[SocketAddr],
+    on: [&str; 2],
+    change: impl Fn(&mut Value),
+) -> Result<()> {
     let vips = cluster_ips(10);
-    let backends = Backends::start(cluster, "pod-server-", &["node2", "node2"])?;
+    let backends = Backends::start(cluster, "pod-server-", &on)?;
     let [first, second] = [&backends.pods[0], &backends.pods[1]];
     backends.serve(cluster, "svc-udp", &vips, &change)?;
     apply_slices(cluster, "svc-udp", &[], |_, _| {})?;
@@ -115,6 +127,45 @@ fn udp_follows_the_server_of_a_node_port() -> TestResult {
             }
         },
     )?)
+}
+
+/// Load-balancer addresses and NodePorts, with servers on the named nodes and the client beyond the nodes.
+fn server_pod_cycles_outside(name: &str, on: [&str; 2]) -> Result<()> {
+    const NODE_PORT: u16 = 30_080;
+    let cluster = Cluster::builder(name).wire()?;
+    let outside = Outside::join(&cluster)?;
+    cluster.start_agents()?;
+    outside.route_via(cluster.node("node1"), &VIRTUAL_NETWORKS)?;
+    let ingress: [IpAddr; 2] = ["203.0.113.250".parse()?, "2001:db8:203::250".parse()?];
+    let mut frontends = at(&ingress, PORT);
+    for node in cluster.nodes() {
+        frontends.extend(at(&node.addresses, NODE_PORT));
+    }
+    cycle(&cluster, &outside.client, &frontends, on, |service| {
+        service["spec"]["type"] = "LoadBalancer".into();
+        for port in 0..2 {
+            service["spec"]["ports"][port]["nodePort"] = NODE_PORT.into();
+        }
+        let ingress = ingress.map(|ip| json!({"ip": ip, "ipMode": "VIP"}));
+        service["status"]["loadBalancer"]["ingress"] = json!(ingress);
+    })
+}
+
+/// "should be able to preserve UDP traffic when server pod cycles for a LoadBalancer service on different nodes [Slow]",
+/// and its NodePorts, which is the outside of "… for a NodePort service".
+#[test]
+fn udp_from_outside_follows_the_server_to_another_node() -> TestResult {
+    let on = ["node1", "node2"];
+    Ok(server_pod_cycles_outside("udp outside, nodes", on)?)
+}
+
+/// "should be able to preserve UDP traffic when server pod cycles for a LoadBalancer service on the same nodes [Slow]".
+#[test]
+fn udp_from_outside_follows_the_server_on_a_node() -> TestResult {
+    for on in ["node1", "node2"] {
+        server_pod_cycles_outside("udp outside, node", [on, on])?;
+    }
+    Ok(())
 }
 
 /// "should be able to preserve UDP traffic when server pod cycles for a ClusterIP service with

@@ -10,6 +10,7 @@ use weir_tests::{
     Cluster, TestResult,
     cluster::cluster_ips,
     objects::Endpoint,
+    outside::Outside,
     traffic::{self, Connection, Protocol},
 };
 
@@ -90,11 +91,11 @@ fn endpoints_reach_their_own_service() -> TestResult {
 
 /// The parts of "should function for pod-Service", "node-Service" and "endpoint-Service" with a
 /// node's address, "should support basic nodePort: udp functionality", and "should update
-/// nodePort: http [Slow]" and "… udp [Slow]": at the client's own node. Limit: ten tries after the
-/// removal.
+/// nodePort: http [Slow]" and "… udp [Slow]": at the client's own node, at another, and from
+/// beyond. Limit: ten tries after the removal.
 #[test]
 fn node_ports_function_and_are_removed() -> TestResult {
-    let cluster = Cluster::builder("nodePort").start()?;
+    let (cluster, outside) = Outside::start(Cluster::builder("nodePort"))?;
     let backends = Backends::start(&cluster, "netserver-", &["node1", "node2"])?;
     let client = cluster.pod("node1", "test-container-pod")?;
     let node = cluster.node("node1");
@@ -102,9 +103,15 @@ fn node_ports_function_and_are_removed() -> TestResult {
     backends.serve(&cluster, "node-port-service", &vips, |service| {
         node_port(service, NODE_PORT);
     })?;
-    let clients = [&client.netns, &*node.netns, &backends.pods[0].netns];
+    let clients = [
+        &client.netns,
+        &*node.netns,
+        &backends.pods[0].netns,
+        &outside.client,
+    ];
+    let addresses = || cluster.nodes().iter().flat_map(|node| &node.addresses);
     for from in clients {
-        for address in &node.addresses {
+        for address in addresses() {
             for protocol in Protocol::ALL {
                 let to = SocketAddr::new(*address, NODE_PORT);
                 is_served_by(from, protocol, to, &backends.names())?;
@@ -116,7 +123,7 @@ fn node_ports_function_and_are_removed() -> TestResult {
         .delete(&service("node-port-service", &vips))?;
     cluster.wait_applied()?;
     for from in clients {
-        for address in &node.addresses {
+        for address in addresses() {
             for protocol in Protocol::ALL {
                 is_refused(from, protocol, SocketAddr::new(*address, NODE_PORT))?;
             }
@@ -192,10 +199,10 @@ fn large_requests_are_handled() -> TestResult {
     Ok(())
 }
 
-/// "should function for service endpoints using hostNetwork", with the ClusterIP.
+/// "should function for service endpoints using hostNetwork", with the ClusterIP and the NodePort.
 #[test]
 fn endpoints_on_nodes_are_reached() -> TestResult {
-    let cluster = Cluster::builder("hostNetwork endpoints").start()?;
+    let (cluster, outside) = Outside::start(Cluster::builder("hostNetwork endpoints"))?;
     let mut servers = Vec::new();
     for node in cluster.nodes() {
         servers.extend(node.serve(TARGET)?);
@@ -211,8 +218,21 @@ fn endpoints_on_nodes_are_reached() -> TestResult {
         })
         .collect();
     cluster.service("node-port-service", &vips, TARGET, &endpoints)?;
-    for from in [&client.netns, &*cluster.node("node1").netns] {
+    let clients = [&client.netns, &*cluster.node("node1").netns];
+    for from in clients {
         is_up(from, &vips, &["node1", "node2"])?;
+    }
+    let mut object = service("node-port-service", &vips);
+    node_port(&mut object, NODE_PORT);
+    cluster.apply(&object)?;
+    cluster.wait_applied()?;
+    for from in clients.into_iter().chain([&outside.client]) {
+        for address in cluster.nodes().iter().flat_map(|node| &node.addresses) {
+            for protocol in Protocol::ALL {
+                let to = SocketAddr::new(*address, NODE_PORT);
+                is_served_by(from, protocol, to, &["node1", "node2"])?;
+            }
+        }
     }
     cluster.endpoints("node-port-service", TARGET, &[])?;
     cluster.wait_applied()?;

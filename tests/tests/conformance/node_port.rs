@@ -1,5 +1,5 @@
-//! NodePorts, external and load-balancer addresses, as clients of the node itself see them:
-//! upstream's `test/e2e/network/service.go`. Clients on other nodes and beyond are not among these.
+//! NodePorts, external and load-balancer addresses, as clients of the node itself see them,
+//! and those of other nodes and beyond: upstream's `test/e2e/network/service.go`.
 
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 
@@ -9,6 +9,7 @@ use weir_tests::{
     Cluster, TestResult,
     cluster::cluster_ips,
     objects::{self, Port},
+    outside::Outside,
     traffic::Protocol,
 };
 
@@ -27,6 +28,14 @@ fn node_port(service: &mut Value) {
     }
 }
 
+/// The NodePort at every address of every node.
+fn at_nodes(cluster: &Cluster) -> Vec<SocketAddr> {
+    let addresses = cluster.nodes().iter().flat_map(|node| &node.addresses);
+    addresses
+        .map(|address| SocketAddr::new(*address, NODE_PORT))
+        .collect()
+}
+
 /// Addresses of documentation, RFC 5737 and RFC 3849, as upstream uses them.
 fn addresses_of_nobody() -> Result<[IpAddr; 2]> {
     Ok(["203.0.113.250".parse()?, "2001:db8::cb00:71fa".parse()?])
@@ -36,7 +45,7 @@ fn addresses_of_nobody() -> Result<[IpAddr; 2]> {
 /// from ExternalName to NodePort" and "… from NodePort to ExternalName". Limit: 2 min.
 #[test]
 fn a_node_port_functions() -> TestResult {
-    let cluster = Cluster::builder("functioning NodePort").start()?;
+    let (cluster, outside) = Outside::start(Cluster::builder("functioning NodePort"))?;
     let backends = Backends::start(&cluster, "pod", &["node1", "node2"])?;
     let client = cluster.pod("node1", "execpod")?;
     let node = cluster.node("node1");
@@ -51,10 +60,10 @@ fn a_node_port_functions() -> TestResult {
     cluster.wait_applied()?;
     backends.serve(&cluster, "nodeport-test", &vips, node_port)?;
     is_up(&client.netns, &vips, &backends.names())?;
-    for from in [&client.netns, &*node.netns] {
-        for address in &node.addresses {
+    let clients = [&client.netns, &*node.netns, &outside.client];
+    for from in clients {
+        for to in at_nodes(&cluster) {
             for protocol in Protocol::ALL {
-                let to = SocketAddr::new(*address, NODE_PORT);
                 is_served_by(from, protocol, to, &backends.names())?;
             }
         }
@@ -67,10 +76,10 @@ fn a_node_port_functions() -> TestResult {
     // As an ExternalName it has neither.
     cluster.apply(&external_name)?;
     cluster.wait_applied()?;
-    for from in [&client.netns, &*node.netns] {
+    for from in clients {
         for protocol in Protocol::ALL {
-            for address in &node.addresses {
-                is_refused(from, protocol, SocketAddr::new(*address, NODE_PORT))?;
+            for to in at_nodes(&cluster) {
+                is_refused(from, protocol, to)?;
             }
             for vip in vips {
                 is_unreachable(from, protocol, SocketAddr::new(vip, PORT))?;
@@ -84,7 +93,7 @@ fn a_node_port_functions() -> TestResult {
 /// protocols". Limit: 2 min.
 #[test]
 fn a_node_port_gets_a_second_protocol() -> TestResult {
-    let cluster = Cluster::builder("NodePort protocols").start()?;
+    let (cluster, outside) = Outside::start(Cluster::builder("NodePort protocols"))?;
     let backends = Backends::start(&cluster, "pod", &["node1", "node2"])?;
     let client = cluster.pod("node1", "execpod")?;
     let vips = cluster_ips(10);
@@ -98,19 +107,16 @@ fn a_node_port_gets_a_second_protocol() -> TestResult {
         cluster.apply(&object)?;
         cluster.wait_applied()
     };
-    let node = cluster.node("node1");
-    let to_node = || {
-        node.addresses
-            .iter()
-            .map(|a| SocketAddr::new(*a, NODE_PORT))
-    };
+    let clients = [&client.netns, &outside.client];
     serve(1, false)?;
     for vip in vips {
         let to = SocketAddr::new(vip, PORT);
         is_served_by(&client.netns, Protocol::Tcp, to, &backends.names())?;
     }
-    for to in to_node() {
-        is_refused(&client.netns, Protocol::Tcp, to)?;
+    for to in at_nodes(&cluster) {
+        for from in clients {
+            is_refused(from, Protocol::Tcp, to)?;
+        }
     }
     for count in [1, 2] {
         serve(count, true)?;
@@ -123,11 +129,13 @@ fn a_node_port_gets_a_second_protocol() -> TestResult {
                     is_refused(&client.netns, protocol, to)?;
                 }
             }
-            for to in to_node() {
-                if number < count {
-                    is_served_by(&client.netns, protocol, to, &backends.names())?;
-                } else {
-                    is_refused(&client.netns, protocol, to)?;
+            for to in at_nodes(&cluster) {
+                for from in clients {
+                    if number < count {
+                        is_served_by(from, protocol, to, &backends.names())?;
+                    } else {
+                        is_refused(from, protocol, to)?;
+                    }
                 }
             }
         }
@@ -170,14 +178,17 @@ fn a_node_port_is_released() -> TestResult {
 /// to a node". Limit: 2 min.
 #[test]
 fn an_external_ip_is_served_though_no_device_has_it() -> TestResult {
-    let cluster = Cluster::builder("external IP").start()?;
+    let (cluster, outside) = Outside::start(Cluster::builder("external IP"))?;
     let backends = Backends::start(&cluster, "pod", &["node1", "node2"])?;
     let client = cluster.pod("node1", "execpod")?;
     let external = addresses_of_nobody()?;
     backends.serve(&cluster, "externalip-test", &cluster_ips(10), |service| {
         service["spec"]["externalIPs"] = json!(external);
     })?;
-    for from in [&client.netns, &*cluster.node("node1").netns] {
+    let node = cluster.node("node1");
+    let networks = external.map(|address| address.to_string());
+    outside.route_via(node, &networks.each_ref().map(String::as_str))?;
+    for from in [&client.netns, &*node.netns, &outside.client] {
         is_up(from, &external, &backends.names())?;
     }
     Ok(())

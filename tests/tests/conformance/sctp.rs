@@ -14,6 +14,7 @@ use weir_tests::{
     cluster::cluster_ips,
     netns::NetNs,
     objects::{self, Endpoint, Port},
+    outside::Outside,
     sctp,
     traffic::{Protocol, Server},
 };
@@ -46,7 +47,10 @@ struct Bed {
 
 impl Bed {
     fn start(name: &str) -> Result<Self> {
-        let cluster = Cluster::builder(name).start()?;
+        Self::on(Cluster::builder(name).start()?)
+    }
+
+    fn on(cluster: Cluster) -> Result<Self> {
         let mut pods = Vec::new();
         let mut servers = Vec::new();
         for (number, node) in ["node1", "node2"].iter().enumerate() {
@@ -132,19 +136,22 @@ fn pods_endpoints_and_nodes_reach_sctp_services() -> TestResult {
     Ok(())
 }
 
-/// The same tests, their part with a node's address: at the client's own node.
+/// The same tests, their part with a node's address: at the client's own node, at another, and from beyond.
 #[test]
 fn sctp_node_ports_function_and_are_removed() -> TestResult {
-    let bed = Bed::start("SCTP nodePort")?;
+    let (cluster, outside) = Outside::start(Cluster::builder("SCTP nodePort"))?;
+    let bed = Bed::on(cluster)?;
     let node = bed.cluster.node("node1");
     let client = bed.cluster.pod("node1", "test-container-pod")?;
-    let clients = [&client.netns, &*node.netns, &bed.pods[0].netns];
+    let inside = [&client.netns, &*node.netns, &bed.pods[0].netns];
+    let clients = || inside.into_iter().chain([&outside.client]);
+    let addresses = || bed.cluster.nodes().iter().flat_map(|node| &node.addresses);
     bed.serve(|service| {
         service["spec"]["type"] = "NodePort".into();
         service["spec"]["ports"][0]["nodePort"] = PORT.into();
     })?;
-    for from in clients {
-        for address in &node.addresses {
+    for from in clients() {
+        for address in addresses() {
             let to = SocketAddr::new(*address, PORT);
             is_served_by(from, Protocol::Sctp, to, &bed.names())?;
             // The number is not taken for other protocols.
@@ -152,11 +159,13 @@ fn sctp_node_ports_function_and_are_removed() -> TestResult {
         }
     }
     bed.serve(|_| {})?;
-    for from in clients {
-        for address in &node.addresses {
+    for from in clients() {
+        for address in addresses() {
             let to = SocketAddr::new(*address, PORT);
             is_unreachable(from, Protocol::Sctp, to)?;
         }
+    }
+    for from in inside {
         bed.is_served(from, &bed.names())?;
     }
     Ok(())

@@ -2,20 +2,19 @@
 
 use std::{
     collections::BTreeMap,
-    io::{self, ErrorKind},
-    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
-    time::{Duration, Instant},
+    net::{IpAddr, SocketAddr},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use weir_tests::{
     Cluster, Pod,
     netns::NetNs,
     objects::{self, Endpoint, Port},
-    sctp::Association,
     traffic::{self, Protocol, Server},
 };
+
+pub use weir_tests::refusal::{is_dropped, is_refused, is_unreachable};
 
 /// Where servers in pods listen.
 pub const TARGET: u16 = 9376;
@@ -24,11 +23,6 @@ pub const PORT: u16 = 80;
 /// Requests after which every one of a few endpoints must have answered: one of three is missed
 /// with a chance of 10^-17.
 const TRIES: usize = 100;
-/// How long a refusal may take: `agnhost connect --timeout=3s`.
-const REFUSAL: Duration = Duration::from_secs(3);
-/// How long an answer that must not come is waited for, where no refusal has to come either.
-const SILENCE: Duration = Duration::from_secs(1);
-
 /// Pods that serve [`TARGET`] for as long as this lives.
 #[derive(Debug)]
 pub struct Backends {
@@ -175,39 +169,6 @@ pub fn is_up(client: &NetNs, cluster_ips: &[IpAddr], wanted: &[&str]) -> Result<
     Ok(())
 }
 
-/// Asks once, for as long as `timeout`: what the client's socket says.
-fn attempt(
-    client: &NetNs,
-    protocol: Protocol,
-    to: SocketAddr,
-    timeout: Duration,
-) -> Result<io::Result<()>> {
-    client.run(|| match protocol {
-        Protocol::Tcp => Ok(TcpStream::connect_timeout(&to, timeout).map(drop)),
-        Protocol::Udp => Ok(ask(to, timeout).map(drop)),
-        Protocol::Sctp => match Association::open(to, timeout) {
-            Ok(_) => Ok(Ok(())),
-            Err(error) => Ok(Err(error.downcast::<io::Error>()?)),
-        },
-    })
-}
-
-/// Requires that a connection is refused, at once: TCP with a reset or ICMP, UDP and SCTP with ICMP.
-/// Upstream: `agnhost connect --timeout=3s` answers `REFUSED`.
-pub fn is_refused(client: &NetNs, protocol: Protocol, to: SocketAddr) -> Result<()> {
-    let begin = Instant::now();
-    let result = attempt(client, protocol, to, REFUSAL)?;
-    let took = begin.elapsed();
-    match result {
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
-        Err(error) => bail!(
-            "{} {to}: {error} after {took:?} instead of a refusal",
-            protocol.name()
-        ),
-        Ok(()) => bail!("{} {to} answered instead of refusing", protocol.name()),
-    }
-}
-
 /// As [`is_refused`], on [`PORT`] of every address and with TCP and UDP.
 pub fn is_down(client: &NetNs, cluster_ips: &[IpAddr]) -> Result<()> {
     for ip in cluster_ips {
@@ -216,40 +177,6 @@ pub fn is_down(client: &NetNs, cluster_ips: &[IpAddr]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Requires that nobody answers at an address that is no Service's (any more): silence, a refusal or a
-/// router's word that there is no way, as upstream leaves it open with `curl --connect-timeout`. Not for
-/// what Weir promises to refuse: that is [`is_refused`].
-pub fn is_unreachable(client: &NetNs, protocol: Protocol, to: SocketAddr) -> Result<()> {
-    match attempt(client, protocol, to, SILENCE)? {
-        Err(error) => match error.kind() {
-            // A receiving socket's time-out is `WouldBlock`.
-            ErrorKind::TimedOut
-            | ErrorKind::WouldBlock
-            | ErrorKind::ConnectionRefused
-            | ErrorKind::HostUnreachable
-            | ErrorKind::NetworkUnreachable => Ok(()),
-            // What a stack without SCTP says, by ICMP and ICMPv6.
-            _ if matches!(error.raw_os_error(), Some(libc::ENOPROTOOPT | libc::EPROTO))
-                && protocol == Protocol::Sctp =>
-            {
-                Ok(())
-            }
-            _ => bail!("{} {to}: {error}, no sign of absence", protocol.name()),
-        },
-        Ok(()) => bail!("{} {to} answered", protocol.name()),
-    }
-}
-
-/// One datagram and its answer.
-fn ask(to: SocketAddr, timeout: Duration) -> io::Result<usize> {
-    let any = if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" };
-    let socket = UdpSocket::bind(any)?;
-    socket.set_read_timeout(Some(timeout))?;
-    socket.connect(to)?;
-    socket.send(b"hostname")?;
-    socket.recv(&mut [0; 2048])
 }
 
 /// Names of pods.

@@ -4,9 +4,13 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use weir_tests::{Cluster, TestResult, cluster::cluster_ips, traffic::Protocol};
+use weir_tests::{Cluster, TestResult, cluster::cluster_ips, outside::Outside, traffic::Protocol};
 
-use super::support::{Backends, apply_slices, is_down, is_served_by, is_up, terminating};
+use super::support::{
+    Backends, apply_slices, is_down, is_refused, is_served_by, is_up, terminating,
+};
+
+const NODE_PORT: u16 = 30_080;
 
 /// Conditions as the EndpointSlice controller sets them for a pod that is not ready.
 fn conditions(ready: bool, serving: bool, terminating: bool) -> impl Fn(usize, &mut Value) {
@@ -18,18 +22,22 @@ fn conditions(ready: bool, serving: bool, terminating: bool) -> impl Fn(usize, &
 
 /// "should create endpoints for unready pods", "should be able to connect to terminating and
 /// unready endpoints if PublishNotReadyAddresses is true" and "should not be able to connect to
-/// terminating and unready endpoints if PublishNotReadyAddresses is false" (their NodePorts of
-/// other nodes are outside). Limit: 5 min (`KubeProxyLagTimeout`) and 30 s.
+/// terminating and unready endpoints if PublishNotReadyAddresses is false", with their NodePorts. Limit: 5 min (`KubeProxyLagTimeout`) and 30 s.
 #[test]
 fn follows_the_conditions_of_unready_endpoints() -> TestResult {
-    let cluster = Cluster::builder("unready").start()?;
+    let (cluster, outside) = Outside::start(Cluster::builder("unready"))?;
     let backends = Backends::start(&cluster, "webserver", &["node1"])?;
     let clients = [
         cluster.pod("node1", "pause1")?,
         cluster.pod("node2", "pause2")?,
     ];
     let vips = cluster_ips(10);
-    backends.serve(&cluster, "tolerate-unready", &vips, |_| {})?;
+    backends.serve(&cluster, "tolerate-unready", &vips, |service| {
+        service["spec"]["type"] = "NodePort".into();
+        for port in 0..2 {
+            service["spec"]["ports"][port]["nodePort"] = NODE_PORT.into();
+        }
+    })?;
     // (conditions, served): with publishNotReadyAddresses the controller says ready.
     let cases = [
         ((false, false, false), false),
@@ -51,6 +59,18 @@ fn follows_the_conditions_of_unready_endpoints() -> TestResult {
                 is_up(&client.netns, &vips, &backends.names())?;
             } else {
                 is_down(&client.netns, &vips)?;
+            }
+        }
+        for address in cluster.nodes().iter().flat_map(|node| &node.addresses) {
+            let to = SocketAddr::new(*address, NODE_PORT);
+            for client in [&clients[0].netns, &outside.client] {
+                for protocol in Protocol::ALL {
+                    if served {
+                        is_served_by(client, protocol, to, &backends.names())?;
+                    } else {
+                        is_refused(client, protocol, to)?;
+                    }
+                }
             }
         }
     }
@@ -137,11 +157,11 @@ fn falls_back_to_local_terminating_endpoints() -> TestResult {
 /// "should fallback to terminating endpoints when there are no ready endpoints with
 /// externallTrafficPolicy=Cluster" and "should fallback to local terminating endpoints when there
 /// are no ready endpoints with externalTrafficPolicy=Local", as clients of the node itself see
-/// them (to whom every endpoint is inside; other nodes' NodePorts are outside). Limit: five times
+/// them, to whom every endpoint is inside; from outside it is
+/// `external_policy::falls_back_to_terminating_endpoints`. Limit: five times
 /// in 25 s.
 #[test]
 fn falls_back_to_terminating_endpoints_of_a_node_port() -> TestResult {
-    const NODE_PORT: u16 = 30_080;
     let cluster = Cluster::builder("terminating node port").start()?;
     let backends = Backends::start(&cluster, "echo-hostname-", &["node1"])?;
     let client = cluster.pod("node1", "pause1")?;
