@@ -53,7 +53,7 @@ pub fn run(what: &[String], quick: bool) -> Result<()> {
             .arg(build::workspace().join("docs/performance.md"));
     }
     let wanted = |name: &str| what.is_empty() || what.iter().any(|part| part == name);
-    if wanted("services")
+    if (wanted("services") || wanted("outside"))
         && let Err(error) = prerequisites::debian_programs(&RIVAL_PROGRAMS)
     {
         ui::line(

@@ -100,7 +100,7 @@ pub fn dist() -> PathBuf {
     workspace().join("target/dist")
 }
 
-fn target_directory() -> PathBuf {
+pub fn target_directory() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }
 

@@ -1,5 +1,7 @@
 //! `cargo xtask demo`: a two-node cluster at work, on the same test bed as the tests.
 
+mod outside;
+
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
@@ -12,6 +14,7 @@ use weir_tests::{
     Cluster, Pod,
     cluster::cluster_ips,
     load::Load,
+    outside::Outside,
     reaper,
     traffic::{self, Connection, Protocol, Server},
 };
@@ -29,16 +32,24 @@ const TRIES: usize = 400;
 const TRANSFER: u64 = 512 << 20;
 /// Deadline for traffic to go on.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// What a newcomer would take for a fault.
+const ABOUT_STALE: &str = "STALE_ENDPOINT at a start is no traffic of anybody: the kernel itself announces its multicast \
+    groups on a pod's device\nwhile the pod is being wired. The programs are there first, so that nothing of a pod ever \
+    passes unchecked.";
 
-/// Sets up, builds, shows, and cleans up unless told to keep.
-pub fn run(keep: bool) -> Result<()> {
+/// Sets up, builds if wanted, shows, and cleans up unless told to keep.
+pub fn run(keep: bool, should_build: bool) -> Result<()> {
     setup::ensure(setup::Scope::Run)?;
-    build::build()?;
+    if should_build {
+        build::build()?;
+    }
     let start = Instant::now();
     let demo = Demo::start()?;
     demo.pods_reach_each_other()?;
     demo.services_balance()?;
-    demo.weir(&["status"])?;
+    demo.clients_outside_are_served()?;
+    demo.pods_talk_to_the_outside()?;
+    demo.status()?;
     demo.weir(&["service", "list"])?;
     demo.endpoints_come_and_go()?;
     demo.the_agents_die()?;
@@ -65,6 +76,7 @@ fn heading(text: &str) {
 
 struct Demo {
     cluster: Cluster,
+    outside: Outside,
     /// The client first, then the servers.
     pods: Vec<Pod>,
     _servers: Vec<Server>,
@@ -73,9 +85,8 @@ struct Demo {
 impl Demo {
     fn start() -> Result<Self> {
         heading("Two nodes, an agent on each");
-        let cluster = Cluster::builder("demo")
-            .agent_arguments(&["--log", "info"])
-            .start()?;
+        let builder = Cluster::builder("demo").agent_arguments(&["--log", "info"]);
+        let (cluster, outside) = Outside::start(builder)?;
         for node in cluster.nodes() {
             let addresses = join(&node.addresses);
             let text = format!("{addresses}, pods {}", node.pod_cidrs.join(" "));
@@ -110,8 +121,10 @@ impl Demo {
         ] {
             ui::line(Colour::Green, name, &format!("{}, port 80", join(ips)));
         }
+        servers.extend(outside::prepare(&cluster, &outside, &pods[1], &pods[3])?);
         Ok(Self {
             cluster,
+            outside,
             pods,
             _servers: servers,
         })
@@ -180,18 +193,27 @@ impl Demo {
         Ok(counts.into_keys().collect())
     }
 
-    /// Runs `weir` on node1 and shows what it prints.
-    fn weir(&self, arguments: &[&str]) -> Result<()> {
+    fn status(&self) -> Result<()> {
+        let text = self.weir(&["status"])?;
+        if text.contains("STALE_ENDPOINT") {
+            println!("\n{ABOUT_STALE}");
+        }
+        Ok(())
+    }
+
+    /// Runs `weir` on node1, shows what it prints, and gives it.
+    fn weir(&self, arguments: &[&str]) -> Result<String> {
         heading(&format!("weir {}   (on node1)", arguments.join(" ")));
         let output = self.cluster.node("node1").agent().weir(arguments)?;
-        print!("{}", String::from_utf8_lossy(&output.stdout));
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        print!("{text}");
         ensure!(
             output.status.success(),
             "weir {}: {}",
             arguments.join(" "),
             String::from_utf8_lossy(&output.stderr)
         );
-        Ok(())
+        Ok(text)
     }
 
     fn endpoints_come_and_go(&self) -> Result<()> {
@@ -285,7 +307,7 @@ impl Demo {
         let client = self.client().netns.path();
         let socket = self.cluster.node("node1").agent().socket();
         let state = reaper::state_directory(self.cluster.id());
-        let weir = build::dist().join("weir");
+        let weir = weir_tests::agent::binary("weir")?;
         let node = self.cluster.node("node1").netns.path();
         println!(
             "  a shell in the client pod   nsenter --net={}",
@@ -294,6 +316,10 @@ impl Demo {
         println!(
             "  a shell on node1            nsenter --net={}",
             node.display()
+        );
+        println!(
+            "  a shell at the one outside   nsenter --net={}",
+            self.outside.client.path().display()
         );
         println!(
             "  ask the agent of node1      {} --socket {} status",

@@ -47,7 +47,7 @@ enum Command {
     },
     /// Measures Weir beside its rivals and writes docs/performance.md; needs root.
     Bench {
-        /// What to measure: packets, pods, services, agent; everything if nothing is named.
+        /// What to measure: packets, pods, services, outside, agent; everything if nothing is named.
         what: Vec<String>,
         /// Three minutes instead of fifteen, printed only.
         #[arg(long)]
@@ -61,6 +61,9 @@ enum Command {
         /// Only remove kept clusters: all of this machine, whichever clone or run made them.
         #[arg(long, conflicts_with = "keep")]
         clean: bool,
+        /// Show the binaries that are there, those of target/dist or of the directory WEIR_DIST, and build none.
+        #[arg(long, conflicts_with = "clean")]
+        no_build: bool,
     },
     /// Loads every kernel program on one of Debian's kernels in a virtual machine.
     VerifyKernel {
@@ -92,7 +95,7 @@ fn run(command: Command) -> Result<()> {
         Command::Test { filter, long } => test::run(&filter, long),
         Command::Bench { what, quick } => bench::run(&what, quick),
         Command::Demo { clean: true, .. } => demo::clean(),
-        Command::Demo { keep, .. } => demo::run(keep),
+        Command::Demo { keep, no_build, .. } => demo::run(keep, !no_build),
         Command::VerifyKernel { series } => vm::verify(&series),
     }
 }

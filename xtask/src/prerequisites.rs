@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::{
     mount::{MsFlags, mount},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
+    sys::{
+        statfs::{BPF_FS_MAGIC, statfs},
+        statvfs::statvfs,
+    },
     unistd::Uid,
 };
 
@@ -161,4 +164,24 @@ pub fn cgroup2() -> Result<Outcome> {
              `mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified`"
         ),
     }
+}
+
+/// Requires room for what is built: a full disk is met in the middle of a build otherwise, with an error that says little.
+pub fn room(target: &Path, wanted_gib: u64) -> Result<Outcome> {
+    // The folder, or where it will be made.
+    let place = target
+        .ancestors()
+        .find(|folder| folder.exists())
+        .unwrap_or(Path::new("/"));
+    let free =
+        statvfs(place).with_context(|| format!("look at the disk of {}", place.display()))?;
+    let gib = free.blocks_available() * free.fragment_size() / (1 << 30);
+    if gib < wanted_gib {
+        bail!(
+            "only {gib} GiB are free where {} is, and the build needs about {wanted_gib}: free some, or let \
+             CARGO_TARGET_DIR name a folder on another disk",
+            target.display()
+        );
+    }
+    Ok(Outcome::Found(format!("room to build ({gib} GiB)")))
 }

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use nix::unistd::Uid;
 
 use crate::{
+    build,
     prerequisites::{self, Outcome},
     toolchain::{Missing, Toolchain},
     ui::{self, Colour},
@@ -16,6 +17,10 @@ use crate::{
 const BPF_LINKER: &str = "0.10.3";
 /// The version whose configuration `deny.toml` is written for.
 const CARGO_DENY: &str = "0.20.2";
+
+/// Free disk, GiB, that the first build takes with all tests, and what a later one may add.
+const FIRST_BUILD: u64 = 9;
+const LATER_BUILD: u64 = 1;
 
 /// What is to be done afterwards; each includes those before it.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -44,6 +49,9 @@ fn go(scope: Scope, verbose: bool) -> Result<()> {
         Outcome::Found(_) => {}
         Outcome::Installed(text) => ui::line(Colour::Yellow, "installed", &text),
     };
+    let is_first = !build::dist().exists();
+    let room = if is_first { FIRST_BUILD } else { LATER_BUILD };
+    show(prerequisites::room(&build::target_directory(), room)?);
     show(prerequisites::cargo_program(
         "bpf-linker",
         Some(BPF_LINKER),

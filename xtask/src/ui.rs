@@ -48,7 +48,12 @@ pub fn is_terminal() -> bool {
 
 /// A line: a coloured word of at most nine letters, then text.
 pub fn line(colour: Colour, word: &str, text: &str) {
-    println!("{} {text}", paint(colour, &format!("{word:>9}")));
+    // Who reads may have seen enough (`| head`): no reason to stop the work.
+    let _ = writeln!(
+        std::io::stdout(),
+        "{} {text}",
+        paint(colour, &format!("{word:>9}"))
+    );
 }
 
 /// An error at the end of a command.
