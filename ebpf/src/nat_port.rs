@@ -61,6 +61,10 @@ pub struct Search {
     merit: u32,
     /// How long it has been idle, in ticks.
     idle: u32,
+    /// Which it is, see [`Glance::identity`](flow::Glance::identity).
+    identity: u32,
+    /// The same of the connection that was looked at last.
+    tenant: u32,
     /// When the search of the whole range began, nanoseconds.
     began: u64,
     /// Number of the hook that it is for.
@@ -184,10 +188,7 @@ unsafe extern "C" fn try_port<F: Family>(_index: u32, _context: *mut ()) -> i64 
     }
     match F::examine_tenant() {
         tenant::GONE => {}
-        tenant::EXPIRED => {
-            forget_tenant::<F>();
-            note::<F>(outcome::FLOW_EXPIRED);
-        }
+        tenant::EXPIRED if forget_tenant::<F>() != 0 => note::<F>(outcome::FLOW_EXPIRED),
         _ => return 0,
     }
     // The verifier wants to see that it is 0 or 1.
@@ -204,10 +205,12 @@ mod tenant {
     pub const EXPIRED: u32 = 1;
     /// It has its port by right.
     pub const ALIVE: u32 = 2;
+    /// It would make way.
+    pub const CANDIDATE: u32 = 3;
 }
 
 /// Looks at the connection that has the reply tuple in the scratch room. Returns one of [`tenant`]. One that is alive
-/// becomes the candidate to make way if it matters less than the one so far, and nobody is served by it. (The body
+/// becomes the candidate to make way if it matters no more than the one so far, and nobody is served by it. (The body
 /// of [`Family::examine_tenant`].)
 #[inline(always)]
 pub fn examine_tenant<F: Family>() -> u32 {
@@ -217,16 +220,19 @@ pub fn examine_tenant<F: Family>() -> u32 {
     let Some(found) = flow::look_at::<F>(&work.reply_key) else {
         return tenant::GONE;
     };
+    work.search.tenant = found.identity();
     let timeout = config.timeouts.of(found.state);
     let idle = found.idle(flow::now());
     if idle > timeout.saturating_mul(TICKS_PER_SECOND) {
         return tenant::EXPIRED;
     }
     let merit = ring::merit(found.state, idle);
-    if found.state.eviction_rank() <= NEVER_ANSWERED && merit < work.search.merit {
+    if found.state.eviction_rank() <= NEVER_ANSWERED && merit <= work.search.merit {
         work.search.merit = merit;
         work.search.idle = idle;
+        work.search.identity = work.search.tenant;
         work.search.candidate = u32::from(work.forward.new_source_port.get());
+        return tenant::CANDIDATE;
     }
     tenant::ALIVE
 }
@@ -235,8 +241,8 @@ pub fn examine_tenant<F: Family>() -> u32 {
 /// connection.
 const NEVER_ANSWERED: u32 = 1;
 
-/// Takes the port of the connection that makes way, if it has been idle for so many ticks. Returns 0, or 1 if there
-/// is none.
+/// Takes the port of the connection that makes way, if it has been idle for so many ticks. Other processors may want
+/// it too, or somebody may be served by it by now: it is looked at once more. Returns 0, or 1 if there is none.
 #[inline(always)]
 fn take_over<F: Family>(idle: u32) -> u32 {
     let (Ok(packet), Ok(work)) = (scratch::packet::<F>(), scratch::decision::<F>()) else {
@@ -247,17 +253,37 @@ fn take_over<F: Family>(idle: u32) -> u32 {
     if port == 0 || (work.search.idle < idle && work.search.merit >= ring::LEAST_MERIT_UNANSWERED) {
         return 1;
     }
+    let expected = work.search.identity;
     work.forward.new_source_port = Port::new(port as u16);
     flow::write_reply_key::<F>(work, packet.key.protocol);
-    forget_tenant::<F>();
-    note::<F>(outcome::FLOW_EVICTED);
+    match F::examine_tenant() {
+        tenant::GONE => {}
+        tenant::EXPIRED | tenant::CANDIDATE if is_tenant::<F>(expected) => {
+            if forget_tenant::<F>() == 0 {
+                return 1;
+            }
+            note::<F>(outcome::FLOW_EVICTED);
+        }
+        _ => return 1,
+    }
     F::claim_reply_tuple()
 }
 
-/// Removes the connection that has the reply tuple in the scratch room.
+/// Whether the connection that was looked at last is this one.
+#[inline(always)]
+fn is_tenant<F: Family>(expected: u32) -> bool {
+    scratch::decision::<F>().is_ok_and(|work| {
+        // SAFETY: an element of the scratch room, which a global function has written.
+        unsafe { access::read_last(&raw const work.search.tenant) == expected }
+    })
+}
+
+/// Removes the connection that has the reply tuple in the scratch room and was looked at last. Returns 1, or 0 if
+/// another processor was faster.
 #[inline(never)]
-fn forget_tenant<F: Family>() {
-    if let Ok(work) = scratch::decision::<F>() {
-        flow::forget::<F>(&work.reply_key);
+fn forget_tenant<F: Family>() -> u32 {
+    match scratch::decision::<F>() {
+        Ok(work) => flow::forget::<F>(&work.reply_key, work.search.tenant),
+        Err(_) => 0,
     }
 }

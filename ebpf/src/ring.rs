@@ -127,7 +127,8 @@ fn evict<F: Family>() {
         return;
     };
     // It may be another's by now, or a former life of the connection that is entered, which is replaced as such.
-    if tenant.ring != work.candidate || tenant.partner == work.reply_key {
+    let is_former_life = scratch::packet::<F>().is_ok_and(|packet| packet.key == *key);
+    if tenant.ring != work.candidate || is_former_life {
         return;
     }
     flows::remove_both::<F>(key, &tenant);

@@ -13,8 +13,9 @@ use weir_common::metrics::{Hook, outcome};
 
 use crate::{
     bed::{Bed, CLIENT, ETH0, device, for_both_families, on},
+    nat_ports,
     outside::{NODE_PORT, add_device, add_routes, node_port},
-    packet::udp,
+    packet::{RST, SYN, tcp, udp},
     run::{self, Input},
 };
 
@@ -97,5 +98,48 @@ fn what_comes_by_the_stack_is_entered_once() {
             .collect();
         let seen = twice(fd(bed, Hook::ToPod), &frames, on(device(CLIENT)));
         agree(bed, seen);
+    });
+}
+
+/// Two clients want the one port of the range, of a connection that is over: whoever gets it has both halves of it.
+/// Who comes second may take it over again, as nobody has answered yet.
+#[test]
+fn a_port_that_makes_way_is_that_of_one_connection() {
+    const ROUNDS: u16 = 300;
+    for_both_families(|bed| {
+        nat_ports::range(bed, 1);
+        let program = fd(bed, Hook::FromNetdev);
+        let mut lost = 0;
+        for round in 0..ROUNDS {
+            let frames = [0, 1].map(|client| {
+                let port = 10_000 + 2 * round + client;
+                bed.incoming(bed.outside(), bed.node(), tcp(port, NODE_PORT, SYN))
+                    .frame()
+            });
+            let barrier = Barrier::new(2);
+            thread::scope(|scope| {
+                for frame in &frames {
+                    scope.spawn(|| {
+                        // SAFETY: as in `twice`.
+                        let program = unsafe { BorrowedFd::borrow_raw(program) };
+                        barrier.wait();
+                        run::run(program, frame, on(ETH0)).unwrap();
+                    });
+                }
+            });
+            let flows: HashMap<_, _> = bed.flows().into_iter().collect();
+            lost += u16::from(flows.is_empty());
+            for (key, entry) in &flows {
+                let partner = flows.get(&entry.partner_key(key.protocol));
+                assert!(
+                    partner.is_some_and(|partner| partner.has_partner(key)),
+                    "round {round}: {flows:#?}"
+                );
+            }
+            if !flows.is_empty() {
+                nat_ports::answers(bed, nat_ports::FIRST, Some(RST));
+            }
+        }
+        assert_eq!(lost, 0, "rounds in which nobody got the port");
     });
 }

@@ -15,16 +15,21 @@ use crate::{
     packet::{ACK, RST, SYN, tcp, udp},
 };
 
-const FIRST: u16 = 61_000;
+pub const FIRST: u16 = 61_000;
 const COUNT: u16 = 16;
 const BACK: u16 = 8080;
 const EXHAUSTED: Verdict = Verdict::Dropped(DropReason::NatPortsExhausted);
 
 fn small_range(bed: &mut Bed) {
+    range(bed, COUNT);
+}
+
+/// Node ports for TCP and UDP, and a range of so many ports.
+pub fn range(bed: &mut Bed, count: u16) {
     add_routes(bed);
     let config = NodeConfig {
         nat_port_first: FIRST,
-        nat_port_count: COUNT,
+        nat_port_count: count,
         ..bed.node_config()
     };
     bed.datapath.config_mut().apply(&config).unwrap();
@@ -41,7 +46,8 @@ fn asks(bed: &mut Bed, number: u16, flags: Option<u8>) -> Seen {
     bed.wire_brings(&packet)
 }
 
-fn answers(bed: &mut Bed, port: u16, flags: Option<u8>) {
+/// The endpoint sends a TCP packet, or an answer, to a port of the range.
+pub fn answers(bed: &mut Bed, port: u16, flags: Option<u8>) {
     let l4 = flags.map_or_else(|| udp(BACK, port), |flags| tcp(BACK, port, flags));
     let packet = bed.incoming(bed.remote_pod(9), bed.node(), l4);
     assert_eq!(bed.wire_brings(&packet).verdict, Verdict::Routed);

@@ -10,7 +10,7 @@ use weir_common::{
     next_hop,
 };
 
-use super::{RIGHT_NOW, now, pair::remove};
+use super::{RIGHT_NOW, now, pair::{is_half, remove, remove_half}};
 use crate::{
     access, affinity,
     decide::{self, Decision},
@@ -79,6 +79,7 @@ fn try_enter<F: Family>(ctx: &TcContext, hook: Hook, sender: u32) -> Result<(), 
     match publish::<F>(packet) {
         published::ENTERED => {}
         published::BY_ANOTHER => return Ok(()),
+        published::PORT_LOST => return Err(DropReason::NatPortsExhausted),
         _ => return Err(DropReason::FlowTableFull),
     }
     verdict::count(hook, outcome::FLOW_CREATED, 0);
@@ -236,6 +237,8 @@ mod published {
     pub const BY_ANOTHER: u32 = 1;
     /// There was no room.
     pub const NO_ROOM: u32 = 2;
+    /// Another processor took the port of a connection that made way for this one too.
+    pub const PORT_LOST: u32 = 3;
 }
 
 /// Inserts the forward entry: from here on the connection exists. Returns one of [`published`]; where it is not
@@ -252,19 +255,31 @@ fn publish<F: Family>(packet: &Packet<F::Address>) -> u32 {
         return published::NO_ROOM;
     };
     rewrite::complete(forward, &packet.key);
+    // Packets of either direction look for it from the moment that it is there.
+    note_flows::<F>(forward);
     if insert_forward::<F>(packet) != 0 {
         let result = give_way::<F>(packet);
         if result != published::ENTERED {
             // The reply entry may be the other processor's, or shared with it.
             let is_needed = result == published::BY_ANOTHER && forward.has_partner(reply_key);
             if *reply_inserted != 0 && !is_needed {
-                remove::<F>(reply_key);
+                remove_half::<F>(reply_key, &packet.key);
             }
             return result;
         }
     }
+    if forward.new_source_port != packet.key.source_port && !is_half::<F>(reply_key, &packet.key) {
+        remove::<F>(&packet.key);
+        return published::PORT_LOST;
+    }
     ring::enter::<F>(forward.ring, &packet.key);
-    // Where packets of either direction look: with the pod that they are of or for, else with the node.
+    published::ENTERED
+}
+
+/// Notes where packets of either direction look for a connection: with the pod that they are of or for, else with
+/// the node.
+#[inline(always)]
+fn note_flows<F: Family>(forward: &FlowEntry<F::Address>) {
     local::note_flows(forward.source_endpoint);
     let target = local_number(forward.next_hop);
     if target != 0 {
@@ -276,7 +291,6 @@ fn publish<F: Family>(packet: &Packet<F::Address>) -> u32 {
     if forward.partner_scope() == scope::DEVICE {
         local::note_flows(next_hop::HOST);
     }
-    published::ENTERED
 }
 
 /// Inserts the forward entry unless there is one. Returns 0 if it was inserted.
@@ -319,7 +333,7 @@ fn give_way<F: Family>(packet: &Packet<F::Address>) -> u32 {
     if packet.asked == asked::NOT && (!is_of_sender || flow::age(now(), other.created) > RIGHT_NOW)
     {
         if !other.has_partner(reply_key) {
-            remove::<F>(&other.partner_key(packet.key.protocol));
+            remove_half::<F>(&other.partner_key(packet.key.protocol), &packet.key);
         }
         remove::<F>(&packet.key);
         return match insert_forward::<F>(packet) {
@@ -356,7 +370,7 @@ fn remove_stale<F: Family>(packet: &Packet<F::Address>) {
     // SAFETY: as in `find`.
     let tag = unsafe { access::read_last(&raw const (*entry).tag) };
     if tag == packet.key.tag() && created == packet.stale_created {
-        remove::<F>(&partner);
+        remove_half::<F>(&partner, &packet.key);
         remove::<F>(&packet.key);
     }
 }

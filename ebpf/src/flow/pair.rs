@@ -1,7 +1,12 @@
 //! Both entries of a connection, found from either: what they tell of it, and their removal.
 
+use core::intrinsics::{AtomicOrdering, atomic_cxchg};
+
 use weir_common::{
+    Port,
+    address::Address,
     flow::{self, ConnectionState, FlowKey, flag},
+    hash,
     lookup::Lookup,
     protocol::tcp_flag,
 };
@@ -20,11 +25,19 @@ pub struct Glance<A> {
     pub over: bool,
     /// The entry at `partner` knows this one: it is not another connection's.
     is_paired: bool,
+    created: u32,
     last_seen: u32,
     partner_seen: u32,
 }
 
-impl<A> Glance<A> {
+impl<A: Address> Glance<A> {
+    /// What tells this connection from another one that has its tuple later: a hash of when it began, and of the
+    /// far side of the entry that was looked at.
+    #[inline(always)]
+    pub fn identity(&self) -> u32 {
+        identity(self.created, self.partner.source, self.partner.source_port)
+    }
+
     /// Ticks since a packet passed in either direction.
     #[inline(always)]
     pub fn idle(&self, now: u32) -> u32 {
@@ -73,6 +86,7 @@ pub fn look_at<F: Family>(key: &FlowKey<F::Address>) -> Option<Glance<F::Address
         state,
         over,
         is_paired: other.is_some(),
+        created,
         last_seen,
         partner_seen,
     })
@@ -87,22 +101,65 @@ pub fn remove_both<F: Family>(key: &FlowKey<F::Address>, glance: &Glance<F::Addr
     remove::<F>(key);
 }
 
-/// Removes both entries of a connection, by the key of one. (As [`remove_both`] after [`look_at`], with less on the
-/// stack.)
+/// See [`Glance::identity`].
 #[inline(always)]
-pub fn forget<F: Family>(key: &FlowKey<F::Address>) {
+fn identity<A: Address>(created: u32, far: A, far_port: Port) -> u32 {
+    created ^ hash::mix([far.fold(), u32::from(far_port.word())])
+}
+
+/// Bit that is flipped in the time when an entry began, by the processor that removes it: of several that want its
+/// tuple one wins, and nobody removes what the winner has entered since.
+const ENDED: u32 = 1 << 31;
+
+/// Removes both entries of the connection that was looked at by `key` and had this identity. Returns 1, or 0 if
+/// another processor does, has done so, or has entered another connection since.
+#[inline(always)]
+pub fn forget<F: Family>(key: &FlowKey<F::Address>, expected: u32) -> u32 {
     maps::count_lookup(Lookup::Flow);
-    if let Some(entry) = F::flows().get_ptr(key) {
-        // SAFETY: as in `look_at`.
-        let partner = unsafe { (*entry).partner_key(key.protocol) };
-        maps::count_lookup(Lookup::Flow);
-        let other = F::flows().get_ptr(&partner);
-        // SAFETY: as above. The tuple may be another connection's by now.
-        if other.is_some_and(|other| unsafe { (*other).has_partner(key) }) {
-            remove::<F>(&partner);
+    let Some(entry) = F::flows().get_ptr_mut(key) else {
+        return 0;
+    };
+    // SAFETY: as in `look_at`; a word of the element that may be written at any time.
+    let (partner, is_mine) = unsafe {
+        let created = access::read_last(&raw const (*entry).created);
+        let (far, far_port) = ((*entry).new_destination, (*entry).new_destination_port);
+        if identity(created, far, far_port) != expected {
+            return 0;
         }
+        (
+            (*entry).partner_key(key.protocol),
+            atomic_cxchg::<u32, { AtomicOrdering::AcqRel }, { AtomicOrdering::Acquire }>(
+                &raw mut (*entry).created,
+                created,
+                created ^ ENDED,
+            )
+            .1,
+        )
+    };
+    if !is_mine {
+        return 0;
     }
+    // It may be another connection's by now.
+    remove_half::<F>(&partner, key);
     remove::<F>(key);
+    1
+}
+
+/// Removes the entry at `key` if `partner` is the key of its other direction: else it is another connection's.
+#[inline(always)]
+pub fn remove_half<F: Family>(key: &FlowKey<F::Address>, partner: &FlowKey<F::Address>) {
+    if is_half::<F>(key, partner) {
+        remove::<F>(key);
+    }
+}
+
+/// Whether there is an entry at `key`, and `partner` is the key of its other direction.
+#[inline(always)]
+pub fn is_half<F: Family>(key: &FlowKey<F::Address>, partner: &FlowKey<F::Address>) -> bool {
+    maps::count_lookup(Lookup::Flow);
+    let entry = F::flows().get_ptr(key);
+    // SAFETY: as in `look_at`.
+    entry.is_some_and(|entry| unsafe { (*entry).has_partner(partner) })
 }
 
 /// Removes an entry.
