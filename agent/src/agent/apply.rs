@@ -17,8 +17,8 @@ use crate::{
 
 /// How long rows are worked off before other work gets its turn.
 const SLICE: Duration = Duration::from_millis(5);
-/// Pods whose programs are replaced before connections are carried over again.
-const PODS_AT_ONCE: u32 = 16;
+/// How long programs of pods are replaced before connections are carried over again.
+const CARRYING_EVERY: Duration = Duration::from_millis(20);
 /// Ticks after which connections are no longer carried over, though some program could not be replaced.
 const CARRYING_TICKS: u32 = 60;
 
@@ -283,6 +283,7 @@ impl Agent {
         let devices = devices.chain(pods).chain(own).collect();
 
         self.attach_late()?;
+        let refused = self.attach_late_pods()?;
         let pruned = self.datapath.prune()?;
         self.host.forget_routes();
         self.mark(Row::ServiceRoutes);
@@ -300,6 +301,11 @@ impl Agent {
             attachments,
             routes,
             "the source is applied; leftovers removed"
+        );
+        anyhow::ensure!(
+            refused.is_empty(),
+            "pods that an earlier agent's programs still serve: {}",
+            refused.join("; ")
         );
         Ok(())
     }
@@ -341,24 +347,41 @@ impl Agent {
                 failed.push(*ifindex);
             }
         }
-        self.datapath.carry_over()?;
-        let mut replaced = 0u32;
-        while let Some((ifindex, name)) = self.late.pods.first_key_value() {
-            self.datapath.attach_endpoint(*ifindex, name)?;
-            self.late.pods.pop_first();
-            replaced += 1;
-            if replaced.is_multiple_of(PODS_AT_ONCE) {
-                self.datapath.carry_over()?;
-            }
-        }
-        self.datapath.carry_over()?;
         self.late.waiting = false;
         self.late.carrying = CARRYING_TICKS;
         for ifindex in failed {
             self.mark(Row::Device(ifindex));
         }
         self.mark(Row::Defrag);
+        self.datapath.carry_over()?;
         Ok(())
+    }
+
+    /// The programs of pods give way too. A pod whose device refuses keeps those that it has, and is tried again with
+    /// the sweep: the others go on. Gives what was refused.
+    fn attach_late_pods(&mut self) -> anyhow::Result<Vec<String>> {
+        let mut refused = Vec::new();
+        let mut carried = Instant::now();
+        for (ifindex, name) in self.late.pods.clone() {
+            match self.datapath.attach_endpoint(ifindex, &name) {
+                Ok(()) => {
+                    self.late.pods.remove(&ifindex);
+                }
+                // The device may be gone, with the pod: then nobody waits for it.
+                Err(error) => match nix::net::if_::if_nametoindex(name.as_str()) {
+                    Ok(now) if now == ifindex => refused.push(error.to_string()),
+                    _ => {
+                        self.late.pods.remove(&ifindex);
+                    }
+                },
+            }
+            if carried.elapsed() >= CARRYING_EVERY {
+                self.datapath.carry_over()?;
+                carried = Instant::now();
+            }
+        }
+        self.datapath.carry_over()?;
+        Ok(refused)
     }
 }
 

@@ -99,23 +99,27 @@ impl Agent {
         }
     }
 
-    /// Whether all devices of this node have been attached, and what pods send by them been told to the
-    /// programs, once since this agent has started.
+    /// Whether the devices of this node have been attached, and what pods send by them been told to the programs, once
+    /// since this agent has started. One that refuses its programs is no reason to run no pods, unless this node is
+    /// reached, or reaches others, by it.
     fn are_devices_served(&mut self) -> bool {
         if !self.waiting_commits.open {
-            self.waiting_commits.open = self.plan_is_made
-                && !self.late.waiting
-                && self
-                    .plan
-                    .devices
-                    .keys()
-                    .all(|ifindex| self.is_device_served(*ifindex));
+            self.waiting_commits.open =
+                self.plan_is_made && !self.late.waiting && self.missing_devices().next().is_none();
         }
         self.waiting_commits.open
     }
 
     fn is_device_served(&self, ifindex: u32) -> bool {
         !self.rows.is_known(&Row::Device(ifindex)) && self.datapath.devices().is_attached(ifindex)
+    }
+
+    fn missing_devices(&self) -> impl Iterator<Item = (&u32, &String)> {
+        self.plan.devices.iter().filter(|(ifindex, _)| {
+            let is_given_up = !self.plan.leading.contains(ifindex)
+                && self.rows.failure(&Row::Device(**ifindex)).is_some();
+            !self.is_device_served(**ifindex) && !is_given_up
+        })
     }
 
     /// What is missing, for people.
@@ -126,9 +130,8 @@ impl Agent {
         if self.late.waiting {
             return "the maps were made anew, and are not filled yet".to_owned();
         }
-        let devices = self.plan.devices.iter();
-        let missing = devices.filter(|(ifindex, _)| !self.is_device_served(**ifindex));
-        let missing: Vec<String> = missing
+        let missing: Vec<String> = self
+            .missing_devices()
             .map(
                 |(ifindex, name)| match self.rows.failure(&Row::Device(*ifindex)) {
                     Some(failure) => format!("{name}: {}", failure.error),

@@ -263,18 +263,42 @@ impl Walk {
         }
         // The forward entry first: without it a packet makes a new connection, and finds the
         // reply entry of this one gone or replaces it.
-        let is_reply = entry.flags & flow::flag::REPLY != 0;
-        let (first, second) = if is_reply {
-            (partner.map(|_| partner_key), Some(key))
+        let partner = partner.map(|partner| (partner_key, partner));
+        let both = if entry.flags & flow::flag::REPLY != 0 {
+            [partner, Some((key, entry))]
         } else {
-            (Some(key), partner.map(|_| partner_key))
+            [Some((key, entry)), partner]
         };
         let mut removed = false;
-        for key in [first, second].into_iter().flatten() {
+        for (key, entry) in both.into_iter().flatten() {
             // Both are gone if they came in one batch and the other has been looked at before.
-            removed |= self.map.delete(sys::bytes_of(&key))?;
+            removed |= self.delete_unchanged(&key, &entry, orphaned, &mut bytes)?;
         }
         Ok(removed)
+    }
+
+    /// Removes an entry if it is still as it was when the batch was read: since then the tuple may have become that of
+    /// another connection, or a packet have passed, which an `orphaned` one may.
+    fn delete_unchanged<A>(
+        &self,
+        key: &FlowKey<A>,
+        seen: &FlowEntry<A>,
+        orphaned: bool,
+        room: &mut [u8],
+    ) -> io::Result<bool>
+    where
+        A: Address,
+        FlowKey<A>: aya::Pod,
+        FlowEntry<A>: aya::Pod,
+    {
+        if !self.map.lookup(sys::bytes_of(key), room)? {
+            return Ok(false);
+        }
+        let now = sys::from_bytes::<FlowEntry<A>>(room);
+        let is_same = now.created == seen.created
+            && (orphaned || now.last_seen == seen.last_seen)
+            && now.partner_key(key.protocol) == seen.partner_key(key.protocol);
+        Ok(is_same && self.map.delete(sys::bytes_of(key))?)
     }
 }
 

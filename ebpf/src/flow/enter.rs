@@ -10,7 +10,10 @@ use weir_common::{
     next_hop,
 };
 
-use super::{RIGHT_NOW, now, pair::{is_half, remove, remove_half}};
+use super::{
+    RIGHT_NOW, now,
+    pair::{is_half, remove, remove_half},
+};
 use crate::{
     access, affinity,
     decide::{self, Decision},
