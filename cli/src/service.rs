@@ -128,6 +128,13 @@ fn description(ports: &[ServicePort], colours: bool) -> String {
         "{:<9} {}/{}",
         first.owner, first.namespace, first.name
     );
+    if first.health_check_node_port != 0 {
+        let _ = writeln!(
+            text,
+            "{:<9} healthCheckNodePort {}",
+            "Health", first.health_check_node_port
+        );
+    }
     for port in ports.iter().filter(|port| !port.protocol.is_empty()) {
         let name = output::or_dash(&port.port_name);
         let status = colour(port).paint(&port.status, colours);

@@ -8,8 +8,12 @@ pub const ENDPOINTS_MAX: u32 = 4096;
 /// [`crate::next_hop::HOST`] for what the node itself answers to clients outside.
 pub const ENDPOINT_FLOWS_ROWS: u32 = ENDPOINTS_MAX + 1;
 
-/// Rows of `REFUSALS`: as `ENDPOINT_FLOWS`, and one for ICMP errors to the outside.
-pub const REFUSALS_ROWS: u32 = ENDPOINT_FLOWS_ROWS + 1;
+/// Rows of `REFUSALS` for 'too big' to the outside, by a hash of whom it is for: a client that is flooded, or floods, costs
+/// few others the way to learn of a smaller MTU.
+pub const REFUSALS_TOO_BIG: u32 = 64;
+
+/// Rows of `REFUSALS`: as `ENDPOINT_FLOWS`, one for other ICMP errors to the outside, and [`REFUSALS_TOO_BIG`].
+pub const REFUSALS_ROWS: u32 = ENDPOINT_FLOWS_ROWS + 1 + REFUSALS_TOO_BIG;
 
 /// Rows of `NAT_SEARCH` for destinations; a power of two.
 pub const NAT_SEARCH_ROWS: u32 = 256;

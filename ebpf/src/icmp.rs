@@ -109,9 +109,17 @@ fn answer<F: Family>(
     if packet.is_later_fragment() || is_error(packet) || F::is_link_local(packet.key.source) {
         return Err(reason);
     }
-    if matches!(hook, Hook::FromNetdev) && !refuse::may_answer(refuse::ERRORS_OUTSIDE) {
-        verdict::count(hook, outcome::REFUSAL_LIMITED, 0);
-        return Err(reason);
+    if matches!(hook, Hook::FromNetdev) {
+        // A way whose MTU nobody tells of is no way: a flood of something else must not use this up.
+        let row = if matches!(reason, DropReason::TooBig) {
+            refuse::too_big_outside(packet.key.source)
+        } else {
+            refuse::ERRORS_OUTSIDE
+        };
+        if !refuse::may_answer(row) {
+            verdict::count(hook, outcome::REFUSAL_LIMITED, 0);
+            return Err(reason);
+        }
     }
     build_from_node::<F>(ctx, error)?;
     Ok(Verdict::answered(answer::send_back(ctx, hook)))

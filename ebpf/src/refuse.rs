@@ -11,7 +11,7 @@ use aya_ebpf::{
 use weir_common::{
     DropReason, Ipv6, Port,
     address::Address,
-    checksum, limits,
+    checksum, hash, limits,
     metrics::{Hook, outcome},
     protocol::{self, tcp_flag},
 };
@@ -93,8 +93,14 @@ fn try_refuse<F: Family>(
     Ok(Verdict::refused(reason, answer::send_back(ctx, hook)))
 }
 
-/// Row of `REFUSALS` for ICMP errors to the outside.
-pub const ERRORS_OUTSIDE: u32 = limits::REFUSALS_ROWS - 1;
+/// Row of `REFUSALS` for ICMP errors to the outside, other than 'too big'.
+pub const ERRORS_OUTSIDE: u32 = limits::ENDPOINT_FLOWS_ROWS;
+
+/// Row of `REFUSALS` for 'too big' to a client outside.
+#[inline(always)]
+pub fn too_big_outside<A: Address>(client: A) -> u32 {
+    ERRORS_OUTSIDE + 1 + hash::mix([client.fold(), 0]) % limits::REFUSALS_TOO_BIG
+}
 
 /// Whether one more answer is within the limit of a row of `REFUSALS` (the generic cell rate algorithm).
 /// Processors that ask at the same instant may get one answer more.

@@ -261,6 +261,17 @@ fn a_node_port_that_hides_a_health_check_is_named() -> TestResult {
             ]) == 1,
         "{found:#?}"
     );
+    // Each of the Services tells of it, too.
+    let told = |service: &str| {
+        let output = node.agent().weir(&["service", "get", service])?;
+        anyhow::Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    for service in ["default/web", "default/second"] {
+        let told = told(service)?;
+        assert!(told.contains("cannot be asked from outside"), "{told}");
+    }
+    assert!(told("default/web")?.contains("healthCheckNodePort 31000"));
+    assert!(!told("default/first")?.contains("default/second"));
     for (name, number) in [("first", 11), ("second", 12)] {
         cluster.apply(&node_port(name, number, 30_000 + u16::from(number)))?;
     }

@@ -105,8 +105,16 @@ impl LocalPorts {
 }
 
 impl Agent {
+    /// What is wrong with ports of this node, with whose they are.
+    pub(super) fn problems_with_ports(&self) -> Vec<String> {
+        let mut problems = self.local_ports.problems(self.settings.nat_ports);
+        problems.extend(self.hidden_checks());
+        problems.extend(self.health.problems());
+        problems
+    }
+
     /// Health checks that a NodePort or HostPort hides.
-    pub(super) fn hidden_checks(&self) -> Vec<String> {
+    fn hidden_checks(&self) -> Vec<String> {
         // At a loopback address nobody outside asks.
         let healthz = self.settings.healthz_address;
         let healthz = healthz.filter(|address| !address.ip().is_loopback());

@@ -28,6 +28,7 @@ impl Agent {
             rows: &self.rows,
             applied: &self.applied,
             errors: &self.source_state.errors,
+            of_node: self.problems_with_ports(),
         };
         let services = account.list(request)?;
         Ok(v1::ListServicesResponse { services })
@@ -41,6 +42,8 @@ struct Account<'a> {
     applied: &'a HashMap<ServicePortKey, AppliedService>,
     /// What is wrong with the source's objects, whose names stand in the text.
     errors: &'a [String],
+    /// What is wrong with ports of this node, with the Services named in the text.
+    of_node: Vec<String>,
 }
 
 impl<'a> Account<'a> {
@@ -119,14 +122,22 @@ impl<'a> Account<'a> {
         let refused = refused.into_iter().flatten().map(|error| {
             format!("its newest version is refused, and an earlier one is served: {error}")
         });
+        let of_node = self.of_node.iter().filter(|text| match owner {
+            Owner::Service(name) => names_service(text, name),
+            Owner::HostPort(_) => false,
+        });
+        let check = owner
+            .service()
+            .and_then(|name| self.model.health_checks().get(name));
         v1::ServicePort {
             namespace: owner.name().namespace.clone(),
             name: owner.name().name.clone(),
+            health_check_node_port: check.map_or(0, |check| check.port.into()),
             owner: match owner {
                 Owner::Service(_) => "Service".to_owned(),
                 Owner::HostPort(_) => "HostPort".to_owned(),
             },
-            problems: problems.chain(refused).collect(),
+            problems: problems.chain(refused).chain(of_node.cloned()).collect(),
             ..v1::ServicePort::default()
         }
     }
@@ -174,6 +185,14 @@ impl<'a> Account<'a> {
             ..self.about(&key.owner)
         }
     }
+}
+
+/// Whether a text is about the Service, and not about one whose name begins like its name.
+fn names_service(text: &str, name: &ObjectName) -> bool {
+    let name = format!("Service {name}");
+    let goes_on = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.');
+    let mut found = text.match_indices(&name);
+    found.any(|(start, _)| !text[start + name.len()..].starts_with(goes_on))
 }
 
 fn frontend(frontend: &Frontend) -> v1::Frontend {
@@ -235,6 +254,10 @@ mod tests {
             rows: &Rows::default(),
             applied: &HashMap::new(),
             errors: &errors,
+            of_node: vec![
+                "Service default/a: healthCheckNodePort 30000 is not served".to_owned(),
+                "NodePort 30000 of Service default/ab lies within nat-ports".to_owned(),
+            ],
         };
         account.list(&v1::ListServicesRequest {
             namespace: "default".to_owned(),
@@ -272,7 +295,8 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2], conditions: {ready:
         assert!(all[1].frontends.is_empty());
         let problem = "10.96.0.1:80 TCP belongs to Service default/a";
         assert!(all[1].problems[0].contains(problem), "{:?}", all[1]);
-        assert!(all[0].problems.is_empty());
+        assert_eq!(all[0].problems.len(), 1, "that of the node: {:?}", all[0]);
+        assert!(all[0].problems[0].contains("is not served"));
         assert_eq!(list(SERVICES, "b").unwrap()[..], all[1..]);
     }
 
@@ -340,6 +364,7 @@ endpoints: [{addresses: [10.0.0.1]}, {addresses: [10.0.0.2], conditions: {ready:
                 .any(|p| p.contains("newest version is refused") && p.contains("10.96.0")),
             "{found:?}"
         );
-        assert!(list(&both, "a").unwrap()[0].problems.is_empty());
+        let other = &list(&both, "a").unwrap()[0];
+        assert!(other.problems.iter().all(|p| !p.contains("refused")));
     }
 }

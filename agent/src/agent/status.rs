@@ -183,10 +183,8 @@ impl Agent {
             self.settings.nat_ports,
             nat_ports.exhausted_in_last_minute,
         ));
-        problems.extend(self.local_ports.problems(self.settings.nat_ports));
-        problems.extend(self.hidden_checks());
+        problems.extend(self.problems_with_ports());
         problems.extend(self.defrag.problem());
-        problems.extend(self.health.problems());
         problems.extend(sysctl::strict_rp_filter());
         // One cause may be met in several places.
         let mut known = HashSet::new();

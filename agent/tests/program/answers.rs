@@ -46,7 +46,7 @@ fn time_exceeded(bed: &Bed, about: &Packet) -> Packet {
 }
 
 /// UDP of which the whole packet has `length` bytes from the network header on.
-fn sized(bed: &Bed, packet: Packet, length: u32) -> Packet {
+pub fn sized(bed: &Bed, packet: Packet, length: u32) -> Packet {
     let headers = if bed.is_v4() { 20 } else { 40 } + 8;
     let payload = (0..length - headers).map(|i| i as u8).collect();
     packet.with_payload(payload)

@@ -1,12 +1,14 @@
 //! What is refused: packets to Services without endpoints and to ports that no Service has are
 //! answered at once, within a limit; and what is never refused.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 use weir_agent::{datapath::NodeConfig, objects::Protocol};
 use weir_common::{DropReason, metrics::outcome};
 
 use crate::{
     answers,
-    bed::{Bed, CLIENT, Case, OTHER, Verdict, for_both_families},
+    bed::{Bed, CLIENT, Case, OTHER, POD_MTU, Verdict, for_both_families},
     packet::{ACK, FIN, Fragment, L4, Packet, RST, SYN, sctp, tcp, udp},
 };
 
@@ -166,6 +168,14 @@ fn refusals_are_limited() {
     });
 }
 
+/// Another address of the same network.
+fn beside(address: IpAddr, number: u8) -> IpAddr {
+    match address {
+        IpAddr::V4(v4) => Ipv4Addr::from_bits(v4.to_bits() ^ u32::from(number)).into(),
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() ^ u128::from(number)).into(),
+    }
+}
+
 #[test]
 fn errors_to_the_outside_are_limited() {
     for_both_families(|bed| {
@@ -181,6 +191,21 @@ fn errors_to_the_outside_are_limited() {
         let second = bed.wire_brings(&packet);
         assert_eq!(second.verdict, Verdict::Dropped(DropReason::TtlExceeded));
         assert_eq!(second.flow_counter(outcome::REFUSAL_LIMITED), 1);
+        // How large packets may be is told all the same, and to others when one asks too often.
+        let large = bed.incoming(bed.outside(), bed.pod(CLIENT), udp(4000, 53));
+        let large = answers::sized(bed, large, POD_MTU + 1);
+        assert_eq!(bed.wire_brings(&large).verdict, Verdict::Answered);
+        let second = bed.wire_brings(&large);
+        assert_eq!(second.verdict, Verdict::Dropped(DropReason::TooBig));
+        assert_eq!(second.flow_counter(outcome::REFUSAL_LIMITED), 1);
+        let others = (1..=8).filter(|number| {
+            let large = large.clone().from(beside(bed.outside(), *number));
+            bed.wire_brings(&large).verdict == Verdict::Answered
+        });
+        assert!(
+            others.count() >= 4,
+            "those of few others are counted with it"
+        );
         // What pods provoke comes back to them alone.
         let own = bed
             .leaving(CLIENT, bed.remote_pod(9), tcp(4000, 80, SYN))
