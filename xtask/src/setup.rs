@@ -64,6 +64,7 @@ fn go(scope: Scope, verbose: bool) -> Result<()> {
         let programs = [
             ("ip", "iproute2"),
             ("ethtool", "ethtool"),
+            ("bpftool", "bpftool"),
             ("ping", "iputils-ping"),
             // Tests beside kube-proxy's rules.
             ("iptables-nft-restore", "iptables"),
