@@ -14,7 +14,7 @@ use weir_common::metrics::{Hook, outcome};
 use crate::{
     bed::{Bed, CLIENT, ETH0, device, for_both_families, on},
     nat_ports,
-    outside::{NODE_PORT, add_device, add_routes, node_port},
+    outside::{NODE_PORT, add_device, add_routes, node_port, port_of},
     packet::{RST, SYN, tcp, udp},
     run::{self, Input},
 };
@@ -101,45 +101,61 @@ fn what_comes_by_the_stack_is_entered_once() {
     });
 }
 
-/// Two clients want the one port of the range, of a connection that is over: whoever gets it has both halves of it.
-/// Who comes second may take it over again, as nobody has answered yet.
+/// Nobody in the whole range is served, and one connection is over: two clients want its port. One of them gets it, with
+/// both halves; nobody removes what the other has just entered.
 #[test]
 fn a_port_that_makes_way_is_that_of_one_connection() {
     const ROUNDS: u16 = 300;
+    const COUNT: u16 = 256;
     for_both_families(|bed| {
-        nat_ports::range(bed, 1);
+        nat_ports::range(bed, COUNT);
+        let opens = |bed: &Bed, port| {
+            let packet = bed.incoming(bed.outside(), bed.node(), tcp(port, NODE_PORT, SYN));
+            packet.frame()
+        };
         let program = fd(bed, Hook::FromNetdev);
-        let mut lost = 0;
+        // SAFETY: as in `twice`.
+        let send = |frame: &[u8]| {
+            let program = unsafe { BorrowedFd::borrow_raw(program) };
+            run::run(program, frame, on(ETH0)).unwrap().frame
+        };
+        for client in 0..COUNT {
+            send(&opens(bed, 40_000 + client));
+        }
+        let (mut met, mut alone) = (0, 0);
         for round in 0..ROUNDS {
-            let frames = [0, 1].map(|client| {
-                let port = 10_000 + 2 * round + client;
-                bed.incoming(bed.outside(), bed.node(), tcp(port, NODE_PORT, SYN))
-                    .frame()
-            });
+            nat_ports::answers(bed, nat_ports::FIRST, Some(RST));
+            let frames = [0, 1].map(|client| opens(bed, 10_000 + 2 * round + client));
             let barrier = Barrier::new(2);
-            thread::scope(|scope| {
-                for frame in &frames {
+            let ports = thread::scope(|scope| {
+                let threads = frames.each_ref().map(|frame| {
                     scope.spawn(|| {
-                        // SAFETY: as in `twice`.
-                        let program = unsafe { BorrowedFd::borrow_raw(program) };
                         barrier.wait();
-                        run::run(program, frame, on(ETH0)).unwrap();
-                    });
-                }
+                        send(frame)
+                    })
+                });
+                threads.map(|thread| port_of(bed, &thread.join().unwrap(), 0))
             });
+            let winners = ports.iter().filter(|port| **port == nat_ports::FIRST);
+            assert_eq!(winners.count(), 1, "round {round}: {ports:?}");
+            let range = nat_ports::FIRST..nat_ports::FIRST + COUNT;
+            match ports.iter().all(|port| range.contains(port)) {
+                true => alone += 1,
+                false => met += 1,
+            }
             let flows: HashMap<_, _> = bed.flows().into_iter().collect();
-            lost += u16::from(flows.is_empty());
+            assert_eq!(flows.len(), 2 * usize::from(COUNT));
             for (key, entry) in &flows {
                 let partner = flows.get(&entry.partner_key(key.protocol));
                 assert!(
                     partner.is_some_and(|partner| partner.has_partner(key)),
-                    "round {round}: {flows:#?}"
+                    "round {round}: {key:?}"
                 );
             }
-            if !flows.is_empty() {
-                nat_ports::answers(bed, nat_ports::FIRST, Some(RST));
-            }
         }
-        assert_eq!(lost, 0, "rounds in which nobody got the port");
+        assert_ne!(
+            met, 0,
+            "the processors never met; {alone} rounds one after the other"
+        );
     });
 }
