@@ -6,6 +6,7 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd},
     sync::Barrier,
     thread,
+    time::{Duration, Instant},
 };
 
 use weir_agent::objects::Protocol;
@@ -105,7 +106,8 @@ fn what_comes_by_the_stack_is_entered_once() {
 /// both halves; nobody removes what the other has just entered.
 #[test]
 fn a_port_that_makes_way_is_that_of_one_connection() {
-    const ROUNDS: u16 = 300;
+    const MEETINGS: u16 = 30;
+    const PATIENCE: Duration = Duration::from_mins(1);
     const COUNT: u16 = 256;
     for_both_families(|bed| {
         nat_ports::range(bed, COUNT);
@@ -122,8 +124,14 @@ fn a_port_that_makes_way_is_that_of_one_connection() {
         for client in 0..COUNT {
             send(&opens(bed, 40_000 + client));
         }
-        let (mut met, mut alone) = (0, 0);
-        for round in 0..ROUNDS {
+        let deadline = Instant::now() + PATIENCE;
+        let (mut met, mut rounds) = (0, 0..14_000);
+        while met < MEETINGS {
+            let round = rounds.next().unwrap();
+            assert!(
+                Instant::now() < deadline,
+                "{met} meetings in {round} rounds"
+            );
             nat_ports::answers(bed, nat_ports::FIRST, Some(RST));
             let frames = [0, 1].map(|client| opens(bed, 10_000 + 2 * round + client));
             let barrier = Barrier::new(2);
@@ -137,12 +145,13 @@ fn a_port_that_makes_way_is_that_of_one_connection() {
                 threads.map(|thread| port_of(bed, &thread.join().unwrap(), 0))
             });
             let winners = ports.iter().filter(|port| **port == nat_ports::FIRST);
-            assert_eq!(winners.count(), 1, "round {round}: {ports:?}");
+            let winners = winners.count();
+            // None, if there was no time to search.
+            assert!(winners <= 1, "round {round}: {ports:?}");
             let range = nat_ports::FIRST..nat_ports::FIRST + COUNT;
-            match ports.iter().all(|port| range.contains(port)) {
-                true => alone += 1,
-                false => met += 1,
-            }
+            let served = ports.iter().filter(|port| range.contains(port)).count();
+            // Who comes second, after the first is done, takes the port of another that nobody has answered.
+            met += u16::from((winners, served) == (1, 1));
             let flows: HashMap<_, _> = bed.flows().into_iter().collect();
             assert_eq!(flows.len(), 2 * usize::from(COUNT));
             for (key, entry) in &flows {
@@ -153,9 +162,5 @@ fn a_port_that_makes_way_is_that_of_one_connection() {
                 );
             }
         }
-        assert_ne!(
-            met, 0,
-            "the processors never met; {alone} rounds one after the other"
-        );
     });
 }
