@@ -116,8 +116,8 @@ fn a_port_that_makes_way_is_that_of_one_connection() {
             packet.frame()
         };
         let program = fd(bed, Hook::FromNetdev);
-        // SAFETY: as in `twice`.
         let send = |frame: &[u8]| {
+            // SAFETY: as in `twice`.
             let program = unsafe { BorrowedFd::borrow_raw(program) };
             run::run(program, frame, on(ETH0)).unwrap().frame
         };
