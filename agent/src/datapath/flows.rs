@@ -269,17 +269,23 @@ impl Walk {
         } else {
             [Some((key, entry)), partner]
         };
+        // Neither half is removed alone: both are looked at before.
+        for (key, entry) in both.iter().flatten() {
+            if self.has_changed(key, entry, orphaned, &mut bytes)? {
+                return Ok(false);
+            }
+        }
         let mut removed = false;
-        for (key, entry) in both.into_iter().flatten() {
+        for (key, _) in both.iter().flatten() {
             // Both are gone if they came in one batch and the other has been looked at before.
-            removed |= self.delete_unchanged(&key, &entry, orphaned, &mut bytes)?;
+            removed |= self.map.delete(sys::bytes_of(key))?;
         }
         Ok(removed)
     }
 
-    /// Removes an entry if it is still as it was when the batch was read: since then the tuple may have become that of
+    /// Whether an entry is there, and not as it was when it was read: since then the tuple may have become that of
     /// another connection, or a packet have passed, which an `orphaned` one may.
-    fn delete_unchanged<A>(
+    fn has_changed<A>(
         &self,
         key: &FlowKey<A>,
         seen: &FlowEntry<A>,
@@ -298,7 +304,7 @@ impl Walk {
         let is_same = now.created == seen.created
             && (orphaned || now.last_seen == seen.last_seen)
             && now.partner_key(key.protocol) == seen.partner_key(key.protocol);
-        Ok(is_same && self.map.delete(sys::bytes_of(key))?)
+        Ok(!is_same)
     }
 }
 
